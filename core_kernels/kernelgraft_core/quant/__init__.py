@@ -1,0 +1,1 @@
+"""Quantized formats, the kernels that run them and the algorithms that produce them."""

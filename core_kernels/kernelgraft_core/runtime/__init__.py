@@ -1,0 +1,1 @@
+"""What every op family stands on: router, plans, devices, threads, errors, test helpers."""
