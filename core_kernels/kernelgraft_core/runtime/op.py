@@ -11,12 +11,13 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch._C import _any_requires_grad, _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 
 from .errors import NoBackendError
 
@@ -24,14 +25,22 @@ NAMESPACE = "kernelgraft"
 log = logging.getLogger("kernelgraft")
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops: dict[str, Op] = {}
+_REASONS_LOGGED = 16
 
 # Why an implementation cannot run this call, or None when it can.
 Supports = Callable[..., str | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Implementation:
-    """One way to run an op on some device types; the highest priority that supports a call runs it."""
+    """One way to run an op on some device types; the highest priority that supports a call runs it.
+
+    Attributes:
+        backend: its name, unique in an op for each device type; what ``KERNELGRAFT_BACKEND`` is compared with.
+        run: takes the op's arguments. Must not change or return them unless the schema says so.
+        devices: ``"cpu"``, ``"cuda"``.
+        supports: takes the op's arguments; why this implementation cannot run them, or None.
+    """
 
     backend: str
     run: Callable[..., Any]
@@ -49,8 +58,14 @@ class Op:
         fake: shapes, strides and dtypes of the result, for ``torch.compile``; same arguments as the op.
         gradient: ``(backward, setup_context)`` as for ``torch.library.register_autograd``; backward calls other ops, so
             that it has backends of its own. Without it, asking for a gradient raises: backends must not differ in that.
+        autocast: arguments that ``torch.autocast`` converts to its dtype, as it does for ``F.linear``; float64 stays.
+            Without it the op takes its arguments as they are.
 
-    Calling the op dispatches through torch. It raises :class:`NoBackendError` when nothing can run the call.
+    Calling the op dispatches through torch. It raises :class:`NoBackendError` when nothing can run the call and
+    TypeError when an argument is a ``DTensor``.
+
+    Raises:
+        ValueError: the schema has defaults or keyword-only arguments, or autocast names no argument of it.
     """
 
     def __init__(
@@ -58,15 +73,28 @@ class Op:
         schema: str,
         fake: Callable[..., Any],
         gradient: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        autocast: Sequence[str] = (),
     ) -> None:
+        arguments = torch._C.parse_schema(f"{NAMESPACE}::{schema}").arguments
         self.name = schema.partition("(")[0]
+        self._arguments = tuple(argument.name for argument in arguments)
+        if special := [a.name for a in arguments if a.has_default_value() or a.kwarg_only]:
+            raise ValueError(
+                f"{self.name}: arguments {special} have defaults or are keyword-only; the router has neither"
+            )
+        if unknown := set(autocast) - set(self._arguments):
+            raise ValueError(f"{self.name}: autocast names {sorted(unknown)}, its arguments are {self._arguments}")
         self._table: tuple[Implementation, ...] = ()
         self._by_device: dict[tuple[str, str | None], tuple[Implementation, ...]] = {}
         self._lock = threading.Lock()
         self._told: set[tuple[str, str]] = set()
-        _library.define(schema)
+        self._announced: set[tuple[str, Implementation]] = set()
+
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
             _library.impl(self.name, partial(self._dispatch, key.lower()), key)
+            if autocast:
+                _library.impl(self.name, self._autocast_rule(key, autocast), f"Autocast{key}")
         qualified = f"{NAMESPACE}::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_library)
         backward, setup_context = gradient or (self._refuse_gradient, None)
@@ -75,29 +103,65 @@ class Op:
         _ops[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        for argument in args:
+            # By name: importing DTensor costs half a second, and whoever has one has imported it.
+            if type(argument).__name__ == "DTensor":
+                raise TypeError(f"{self.name} takes no DTensor ({self._name_of(argument, args)}): pass its .to_local()")
+        if (
+            torch.compiler.is_compiling()
+            or _are_functorch_transforms_active()
+            or (torch.is_grad_enabled() and _any_requires_grad(*args))
+        ):
+            return self._overload(*args)
+        with _AutoDispatchBelowAutograd():  # nothing to differentiate: spare the autograd layer, 5 µs of Python
+            return self._overload(*args)
+
+    def __repr__(self) -> str:
+        return f"<Op {NAMESPACE}::{self.name}: {', '.join(i.backend for i in self._table) or 'no backend'}>"
 
     def register(self, implementation: Implementation) -> Callable[[], None]:
-        """Add an implementation; the returned function takes it out again."""
-        self._change(lambda table: (*table, implementation))
+        """Add an implementation; the returned function takes it out again, and may be called more than once.
+
+        Raises:
+            ValueError: the op has a backend of that name on one of its devices already.
+        """
+
+        def add(table: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
+            for other in table:
+                if other.backend == implementation.backend and set(other.devices) & set(implementation.devices):
+                    raise ValueError(f"{self.name} has a backend {other.backend!r} on {other.devices} already")
+            return (*table, implementation)
+
+        self._change(add)
         return lambda: self._change(lambda table: tuple(i for i in table if i is not implementation))
+
+    def backends(self, device: str) -> tuple[str, ...]:
+        """Names of the backends on a device type, the preferred one first, whatever ``KERNELGRAFT_BACKEND`` says."""
+        return tuple(i.backend for i in self._table if device in i.devices)
 
     def explain(self, device: str, *args: Any) -> dict[str, str]:
         """For each backend on a device type: ``"runs"``, ``"ready"`` or why not. Used by ``kernelgraft doctor``."""
+        forced = _forced_backend()
         verdicts: dict[str, str] = {}
-        for implementation in self._candidates(device):
-            reason = implementation.supports(*args) if implementation.supports else None
-            taken = "runs" not in verdicts.values()
-            verdicts[implementation.backend] = reason or ("runs" if taken else "ready")
+        for implementation in self._table:
+            if device not in implementation.devices:
+                continue
+            if forced not in (None, implementation.backend):
+                reason: str | None = f"KERNELGRAFT_BACKEND is {forced}"
+            else:
+                reason = implementation.supports(*args) if implementation.supports else None
+            taken = "runs" in verdicts.values()
+            verdicts[implementation.backend] = reason or ("ready" if taken else "runs")
         return verdicts
 
     def _change(self, edit: Callable[[tuple[Implementation, ...]], tuple[Implementation, ...]]) -> None:
         with self._lock:
             self._table = tuple(sorted(edit(self._table), key=lambda i: -i.priority))
             self._by_device = {}  # a new dict: a reader that still holds the old one writes into nobody's table
+            self._announced = set()
 
     def _candidates(self, device: str) -> tuple[Implementation, ...]:
-        forced = os.environ.get("KERNELGRAFT_BACKEND")
+        forced = _forced_backend()
         known = self._by_device
         found = known.get((device, forced))
         if found is None:
@@ -109,19 +173,49 @@ class Op:
         for implementation in self._candidates(device):
             reason = implementation.supports(*args) if implementation.supports else None
             if reason is None:
+                if (device, implementation) not in self._announced:
+                    self._announce(device, implementation)
                 return implementation.run(*args)
             self._tell_once(implementation.backend, reason)
         reasons = "; ".join(f"{k}: {v}" for k, v in self.explain(device, *args).items()) or "none registered"
         raise NoBackendError(f"{self.name} cannot run on {device}: {reasons}")
 
+    def _autocast_rule(self, key: str, names: Sequence[str]) -> Callable[..., Any]:
+        device = key.lower()
+        convert = [name in names for name in self._arguments]
+        this_layer = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}"))
+
+        def rule(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            converted = [
+                arg.to(dtype) if wanted and isinstance(arg, torch.Tensor) and _autocast_converts(arg) else arg
+                for wanted, arg in zip(convert, args, strict=True)
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(this_layer):
+                return self._overload(*converted)
+
+        return rule
+
     def _refuse_gradient(self, *_: Any) -> None:
         raise NotImplementedError(f"{self.name} has no gradient")
 
+    def _name_of(self, argument: Any, args: tuple[Any, ...]) -> str:
+        return next(name for name, arg in zip(self._arguments, args, strict=False) if arg is argument)
+
+    def _announce(self, device: str, implementation: Implementation) -> None:
+        with self._lock:
+            if (device, implementation) not in self._announced:
+                self._announced.add((device, implementation))
+                log.info("%s: backend %s runs on %s", self.name, implementation.backend, device)
+
     def _tell_once(self, backend: str, reason: str) -> None:
         """A slower backend is about to run: say so, once per backend and reason, never on every call."""
-        if (backend, reason) not in self._told:
-            self._told.add((backend, reason))
-            log.warning("%s: backend %s passed over: %s", self.name, backend, reason)
+        if (backend, reason) in self._told or len(self._told) >= _REASONS_LOGGED:
+            return
+        with self._lock:
+            if (backend, reason) not in self._told:
+                self._told.add((backend, reason))
+                log.warning("%s: backend %s passed over: %s", self.name, backend, reason)
 
 
 def registered_ops() -> dict[str, Op]:
@@ -140,3 +234,11 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
         return found(*args)
 
     return call
+
+
+def _forced_backend() -> str | None:
+    return os.environ.get("KERNELGRAFT_BACKEND") or None
+
+
+def _autocast_converts(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float64

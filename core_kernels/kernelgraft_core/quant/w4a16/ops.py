@@ -31,6 +31,7 @@ _w4a16_linear = Op(
     "w4a16_linear(Tensor x, Tensor qweight, Tensor scales, Tensor zeros, Tensor? bias) -> Tensor",
     fake=lambda x, qweight, scales, zeros, bias: x.new_empty((*x.shape[:-1], qweight.shape[0])),
     gradient=(_linear_gradient, _save_weight),
+    autocast=("x", "bias"),
 )
 _w4a16_linear_dgrad = Op(
     "w4a16_linear_dgrad(Tensor grad, Tensor qweight, Tensor scales, Tensor zeros) -> Tensor",
@@ -38,9 +39,7 @@ _w4a16_linear_dgrad = Op(
 )
 _dequantize_w4a16 = Op(
     "dequantize_w4a16(Tensor qweight, Tensor scales, Tensor zeros, ScalarType dtype) -> Tensor",
-    fake=lambda qweight, scales, zeros, dtype: qweight.new_empty(
-        (qweight.shape[0], qweight.shape[1] * 8), dtype=dtype
-    ),
+    fake=lambda qweight, scales, zeros, dtype: qweight.new_empty((qweight.shape[0], qweight.shape[1] * 8), dtype=dtype),
 )
 for _op in (_w4a16_linear, _w4a16_linear_dgrad, _dequantize_w4a16):
     _op.register(Implementation("reference", getattr(reference, _op.name), ("cpu", "cuda")))
@@ -94,7 +93,8 @@ def w4a16_linear(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias
         bias: ``(N,)`` of the dtype of ``x``.
 
     Returns:
-        ``(..., N)``, contiguous, dtype of ``x``. Differentiable in ``x`` and ``bias``.
+        ``(..., N)``, contiguous, dtype of ``x``. Differentiable in ``x`` and ``bias``. Under ``torch.autocast``, ``x``
+        and ``bias`` are converted to its dtype first, as for ``F.linear``.
 
     Raises:
         ValueError: a shape, dtype or device is wrong; the message names the tensor and the value.
@@ -102,12 +102,14 @@ def w4a16_linear(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias
     """
     _check_weight(qweight, scales, zeros)
     _check_activation("x", x, qweight, qweight.shape[1] * 8)
-    if bias is not None and (bias.shape != qweight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+    alike = bias is None or bias.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    if bias is not None and (bias.shape != qweight.shape[:1] or not alike or bias.device != x.device):
         raise ValueError(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, "
             f"expected {x.dtype} ({qweight.shape[0]},) on {x.device}"
         )
-    return _w4a16_linear(x, qweight, scales, zeros, bias)
+    out: Tensor = _w4a16_linear(x, qweight, scales, zeros, bias)
+    return out
 
 
 def w4a16_linear_dgrad(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -124,7 +126,8 @@ def w4a16_linear_dgrad(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Ten
     """
     _check_weight(qweight, scales, zeros)
     _check_activation("grad", grad, qweight, qweight.shape[0])
-    return _w4a16_linear_dgrad(grad, qweight, scales, zeros)
+    out: Tensor = _w4a16_linear_dgrad(grad, qweight, scales, zeros)
+    return out
 
 
 def dequantize_w4a16(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -136,7 +139,8 @@ def dequantize_w4a16(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torc
     _check_weight(qweight, scales, zeros)
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
-    return _dequantize_w4a16(qweight, scales, zeros, dtype)
+    out: Tensor = _dequantize_w4a16(qweight, scales, zeros, dtype)
+    return out
 
 
 def _check_activation(name: str, x: Tensor, qweight: Tensor, features: int) -> None:
@@ -146,4 +150,3 @@ def _check_activation(name: str, x: Tensor, qweight: Tensor, features: int) -> N
         raise ValueError(f"{name} is {x.dtype}, expected one of {FLOATS}")
     if x.device != qweight.device:
         raise ValueError(f"{name} is on {x.device}, qweight on {qweight.device}")
-

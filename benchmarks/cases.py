@@ -1,0 +1,258 @@
+"""What is measured: one :class:`Case` for each op, its shapes, our variants and the peers that people run today."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernelgraft_core.quant.w4a16 import W4A16Weight, reference, w4a16_linear
+from kernelgraft_core.runtime.device import cpu_info
+from kernelgraft_core.runtime.op import Implementation, Op, registered_ops
+
+Shape = Mapping[str, int]
+
+
+class UnavailableError(RuntimeError):
+    """A variant that a case must measure cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case's result.
+
+    Attributes:
+        run: computes it; rotates over copies of its operands where the case says so.
+        ratio: largest relative RMS error against the case's reference, checked before anything is timed.
+        backend: ``"cpu"``, ``"triton"`` or ``"torch"``.
+        dtype: of the activations.
+        weight_bytes: of one copy of the weight, None where there is none.
+        context: what its runs happen in; entering it is not timed.
+    """
+
+    run: Callable[[], Tensor]
+    ratio: float
+    backend: str
+    dtype: str
+    weight_bytes: int | None = None
+    context: Callable[[], AbstractContextManager[object]] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case at one shape: the exact result in float64, and the variants by name."""
+
+    reference: Tensor
+    variants: Mapping[str, Variant]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure.
+
+    Attributes:
+        suite: ``"cpu"``, ``"cuda"`` or ``"host"`` (the cost of Python around the kernels).
+        peer: the variant that ratios are taken against.
+        prepare: makes inputs for a shape; raises :class:`UnavailableError` where a variant cannot run.
+        flops, bytes: floating-point operations and least memory traffic of one run.
+        rotates: the operands are rotated beyond the last-level cache, as the layers of a model are.
+    """
+
+    name: str
+    op: str
+    suite: str
+    peer: str
+    shapes: tuple[Shape, ...]
+    prepare: Callable[[Shape], Prepared]
+    flops: Callable[[Shape], float] = field(default=lambda shape: 0.0)
+    bytes: Callable[[Shape], float] = field(default=lambda shape: 0.0)
+    rotates: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.suite == "cuda" else "cpu"
+
+
+CASES: dict[tuple[str, str], Case] = {}
+
+
+def register(case: Case) -> Case:
+    """Add a case; names are unique in a suite.
+
+    Raises:
+        ValueError: the suite has a case of that name.
+    """
+    if (case.suite, case.name) in CASES:
+        raise ValueError(f"suite {case.suite} has a case {case.name!r} already")
+    CASES[case.suite, case.name] = case
+    return case
+
+
+def select(suite: str, names: tuple[str, ...] = ()) -> list[Case]:
+    """The cases of a suite, all of them without names.
+
+    Raises:
+        ValueError: an unknown suite or name; the message lists the known ones.
+    """
+    known = {name: case for (of, name), case in CASES.items() if of == suite}
+    if unknown := [name for name in names if name not in known] or ([] if known else [suite]):
+        raise ValueError(f"suite {suite} has no {', '.join(unknown)}; its cases are {', '.join(known) or 'none'}")
+    return [known[name] for name in names or known]
+
+
+def require_backend(op: str, backend: str, device: str, *args: object) -> None:
+    """A benchmark of a backend must not silently measure another one.
+
+    Raises:
+        UnavailableError: another backend would run; the message gives each one's verdict.
+    """
+    try:
+        verdicts = registered_ops()[op].explain(device, *args)
+    except ImportError as error:
+        raise UnavailableError(f"{op}: a backend cannot be imported: {error}") from error
+    if verdicts.get(backend) != "runs":
+        raise UnavailableError(f"{op}: backend {backend} does not run on {device}: {verdicts}")
+
+
+def rotated(compute: Callable[..., Tensor], *operands: Tensor) -> Callable[[], Tensor]:
+    """``compute(*operands)`` over copies that together are twice the last-level cache, one after another."""
+    size = sum(operand.nbytes for operand in operands)
+    cache = cpu_info().last_level_cache or 64 << 20
+    copies = 1 + -(-2 * cache // size)
+    turns: Iterator[tuple[Tensor, ...]] = itertools.cycle(
+        [operands, *(tuple(operand.clone() for operand in operands) for _ in range(copies - 1))]
+    )
+    return lambda: compute(*next(turns))
+
+
+# -- the cost of the router ------------------------------------------------------------------------------------------
+
+
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    return torch.add(x, y)
+
+
+_plain = Op("benchmark_add(Tensor x, Tensor y) -> Tensor", fake=lambda x, y: torch.empty_like(x))
+_trained = Op(
+    "benchmark_trained_add(Tensor x, Tensor y) -> Tensor",
+    fake=lambda x, y: torch.empty_like(x),
+    gradient=(lambda ctx, grad: (grad, grad), lambda ctx, inputs, output: None),
+)
+for _op in (_plain, _trained):
+    _op.register(Implementation("reference", _add, ("cpu",), supports=lambda x, y: None))
+
+
+def _prepare_overhead(shape: Shape) -> Prepared:
+    x, y = torch.randn(shape["rows"], shape["columns"]), torch.randn(shape["rows"], shape["columns"])
+    modes = {"grad mode": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    variants = {"direct call": Variant(lambda: _add(x, y), 1e-6, "torch", "float32")}
+    for kind, op in (("op without gradient", _plain), ("op with gradient", _trained)):
+        for mode, context in modes.items():
+            run = functools.partial(op, x, y)
+            variants[f"{kind}, {mode}"] = Variant(run, 1e-6, "reference", "float32", context=context)
+    return Prepared(x.double() + y.double(), variants)
+
+
+register(Case("op_overhead", "benchmark_add", "host", "direct call", ({"rows": 8, "columns": 64},), _prepare_overhead))
+
+# -- W4A16 -----------------------------------------------------------------------------------------------------------
+
+GROUP = 128
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def _w4a16_inputs(shape: Shape, device: str) -> tuple[Tensor, W4A16Weight, Tensor]:
+    """Activations, weight, and the float64 weight that it stands for."""
+    m, n, k = shape["m"], shape["n"], shape["k"]
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(4, 12, (n, k // GROUP), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(n, k // GROUP, generator=generator) * 0.01 + 0.005
+    weight = W4A16Weight.from_integers(q, scales, zeros)
+    exact = reference.dequantize_w4a16(weight.qweight, weight.scales, weight.zeros, torch.float64)
+    there = W4A16Weight(*(t.to(device) for t in (weight.qweight, weight.scales, weight.zeros))).arranged()
+    return torch.randn(m, k, generator=generator), there, exact
+
+
+def _weight_bytes(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _prepare_w4a16_cpu(shape: Shape) -> Prepared:
+    x, weight, exact = _w4a16_inputs(shape, "cpu")
+    half = x.bfloat16()
+    packed = (weight.qweight, weight.scales, weight.zeros)
+    require_backend("w4a16_linear", "cpu", "cpu", half, *packed, None)
+    # aten's int4 kernel computes (q - 8) * s + z, with s and z in bfloat16, and takes groups of its own layout
+    integers = weight.integers().int()
+    aten = torch._convert_weight_to_int4pack_for_cpu(integers, 2)
+    offsets = (8 - weight.zeros.float()) * weight.scales.float()
+    affine = torch.stack((weight.scales.float(), offsets), dim=-1).transpose(0, 1).contiguous().bfloat16()
+    single, rounded = exact.float(), exact.bfloat16()
+    linear = F.linear
+    variants = {
+        "kernelgraft": Variant(
+            rotated(lambda *w: w4a16_linear(half, *w), *packed), 0.01, "cpu", "bfloat16", _weight_bytes(*packed)
+        ),
+        "F.linear bf16": Variant(
+            rotated(lambda w: linear(half, w), rounded), 0.01, "torch", "bfloat16", _weight_bytes(rounded)
+        ),
+        "F.linear fp32": Variant(
+            rotated(lambda w: linear(x, w), single), 0.005, "torch", "float32", _weight_bytes(single)
+        ),
+        "aten int4pack bf16": Variant(
+            rotated(lambda w, a: torch._weight_int4pack_mm_for_cpu(half, w, GROUP, a), aten, affine),
+            0.02,
+            "torch",
+            "bfloat16",
+            _weight_bytes(aten, affine),
+        ),
+    }
+    # What bfloat16 activations lose is not the kernels' error: the reference takes them as they are.
+    return Prepared(half.double() @ exact.T, variants)
+
+
+def _prepare_w4a16_cuda(shape: Shape) -> Prepared:
+    if not torch.cuda.is_available():
+        raise UnavailableError("w4a16: no CUDA device")
+    x, weight, exact = _w4a16_inputs(shape, "cuda")
+    half, rounded = x.half().cuda(), exact.half().cuda()
+    packed = (weight.qweight, weight.scales, weight.zeros)
+    require_backend("w4a16_linear", "triton", "cuda", half, *packed, None)
+    variants = {
+        "kernelgraft": Variant(lambda: w4a16_linear(half, *packed), 0.005, "triton", "float16", _weight_bytes(*packed)),
+        "cuBLAS fp16": Variant(lambda: F.linear(half, rounded), 0.005, "torch", "float16", _weight_bytes(rounded)),
+    }
+    return Prepared(x.half().double() @ exact.T, variants)
+
+
+def _w4a16_flops(shape: Shape) -> float:
+    return 2.0 * shape["m"] * shape["n"] * shape["k"]
+
+
+def _w4a16_bytes(shape: Shape) -> float:
+    m, n, k = shape["m"], shape["n"], shape["k"]
+    return n * k / 2 + n * (k // GROUP) * 3 + 2 * m * (n + k)
+
+
+_LAYERS = tuple({"m": m, "n": 4096, "k": 4096} for m in TOKENS)
+register(
+    Case(
+        "w4a16",
+        "w4a16_linear",
+        "cpu",
+        "F.linear bf16",
+        _LAYERS,
+        _prepare_w4a16_cpu,
+        _w4a16_flops,
+        _w4a16_bytes,
+        rotates=True,
+    )
+)
+register(Case("w4a16", "w4a16_linear", "cuda", "cuBLAS fp16", _LAYERS, _prepare_w4a16_cuda, _w4a16_flops, _w4a16_bytes))

@@ -1,0 +1,96 @@
+"""Where the linear layers of a decoder sit: all that a quantizer has to know about a model family.
+
+Names are those of ``torch.nn`` submodules, so nothing here imports a host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from kernelgraft_core.runtime.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """Linear layers that read the same activations, so that one scale per input channel serves them all.
+
+    Attributes:
+        source: the norm or linear layer that produces the activations; its output channels are divided by the scales.
+        targets: the linear layers whose input channels are multiplied by them.
+        inspect: the module whose output tells how good the scales are.
+        per_token: the inspected module treats every token by itself, so that it can be judged on scattered tokens.
+        repeats: how many consecutive heads of the targets' input read one head of the source (grouped-query attention).
+        head_dim: width of such a head; only read where ``repeats`` is above 1.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    inspect: str
+    per_token: bool = True
+    repeats: int = 1
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of decoders.
+
+    Attributes:
+        model_types: ``config.model_type`` of the models it describes.
+        blocks: path of the ``nn.ModuleList`` of decoder blocks.
+        unclipped: endings of layer names whose weights are not clipped: clipping queries and keys harms the softmax.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    unclipped: tuple[str, ...] = ("q_proj", "k_proj")
+
+    def block_list(self, model: nn.Module) -> nn.ModuleList:
+        blocks = model.get_submodule(self.blocks)
+        if not isinstance(blocks, nn.ModuleList):
+            raise UnsupportedModelError(f"{self.blocks} of {type(model).__name__} is {type(blocks).__name__}")
+        return blocks
+
+    def scale_groups(self, block: nn.Module) -> tuple[ScaleGroup, ...]:
+        """The groups of one block, in the order in which they may be scaled."""
+        value, output = block.get_submodule("self_attn.v_proj"), block.get_submodule("self_attn.o_proj")
+        assert isinstance(value, nn.Linear)
+        assert isinstance(output, nn.Linear)
+        head_dim = int(getattr(block.self_attn, "head_dim", value.out_features))
+        return (
+            ScaleGroup(
+                "input_layernorm",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "self_attn",
+                per_token=False,
+            ),
+            ScaleGroup(
+                "self_attn.v_proj",
+                ("self_attn.o_proj",),
+                "self_attn.o_proj",
+                repeats=output.in_features // value.out_features,
+                head_dim=head_dim,
+            ),
+            ScaleGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
+            ScaleGroup("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
+        )
+
+
+ARCHITECTURES = (Architecture("Llama", ("llama", "mistral"), "model.layers"),)
+
+
+def find_architecture(model: nn.Module) -> Architecture:
+    """The adapter of a model, by its ``config.model_type``.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the type; the message lists the known ones.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    for architecture in ARCHITECTURES:
+        if model_type in architecture.model_types:
+            return architecture
+    known = ", ".join(sorted(t for a in ARCHITECTURES for t in a.model_types))
+    raise UnsupportedModelError(f"no quantization adapter for model type {model_type!r}; known: {known}")

@@ -1,0 +1,198 @@
+"""The CPU backend of W4A16: integer dot products on the packed weight, or blocks of it dequantized for a GEMM.
+
+Which of the two runs depends on the number of tokens and on the processor: the integer kernel reads four bits per weight
+and wins while memory or 16-bit integer arithmetic is the limit; a processor with bfloat16 matrix instructions does large
+batches faster on dequantized blocks. Without numba, PyTorch's own int4 kernel takes the place of ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelgraft_core.runtime.threads import parallel_for
+
+from . import reference
+from .weight import W4A16Weight
+
+log = logging.getLogger("kernelgraft")
+
+SCRATCH_BYTES = 8 << 20  # of one dequantized block
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+def w4a16_linear(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    weight = W4A16Weight(qweight, scales, zeros).arranged()
+    path = choose_path(len(rows), weight, x.dtype)
+    if path == "integer":
+        out = _integer_linear(rows, weight)
+    elif path == "int4pack":
+        out = _int4pack_linear(rows, weight)
+    else:
+        out = _dequantized_linear(rows, weight)
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return out.to(x.dtype).view(*x.shape[:-1], weight.out_features)
+
+
+def w4a16_linear_dgrad(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    weight = W4A16Weight(qweight, scales, zeros).arranged()
+    rows = grad.reshape(-1, grad.shape[-1])
+    dtype = _gemm_dtype(grad.dtype)
+    rows = rows.to(dtype)
+    out = torch.zeros(len(rows), weight.in_features)
+    for first, last in _blocks(weight):
+        out += rows[:, first:last] @ _dequantize_block(weight, first, last, dtype)
+    return out.to(grad.dtype).view(*grad.shape[:-1], weight.in_features)
+
+
+def dequantize_w4a16(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = W4A16Weight(qweight, scales, zeros).arranged()
+    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype)
+    for first, last in _blocks(weight):
+        out[first:last] = _dequantize_block(weight, first, last, dtype)
+    return out
+
+
+def supports_w4a16_linear(x: Tensor, *_: Any) -> str | None:
+    return "float64 is computed by the reference" if x.dtype == torch.float64 else None
+
+
+supports_w4a16_linear_dgrad = supports_w4a16_linear
+
+
+def supports_dequantize_w4a16(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> str | None:
+    return "float64 is computed by the reference" if dtype == torch.float64 else None
+
+
+def choose_path(tokens: int, weight: W4A16Weight, dtype: torch.dtype) -> str:
+    """``"integer"``, ``"int4pack"`` or ``"dequantize"``, by shape and processor alone."""
+    if tokens == 0 or weight.out_features == 0:
+        return "dequantize"
+    if not _HAS_NUMBA:
+        _say_once("numba is not installed: W4A16 runs on PyTorch's int4 kernel and keeps a second copy of the weight")
+        few = tokens <= 16 and dtype != torch.float32
+        return "int4pack" if few and _int4pack_reason(weight) is None else "dequantize"
+    if weight.out_features < 4 or _block_shape(weight) is None:
+        _say_once(
+            f"W4A16 with N = {weight.out_features}, K = {weight.in_features} and group size {weight.group_size} "
+            "is dequantized block by block: the integer kernel takes N >= 4 and groups of 32 or multiples of 64"
+        )
+        return "dequantize"
+    return "dequantize" if tokens >= 48 and _gemm_dtype(dtype) != torch.float32 else "integer"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _block_shape(weight: W4A16Weight) -> tuple[int, int] | None:
+    """Chunks of 64 per activation block and blocks per chunk; None where the integer kernel cannot run."""
+    size = weight.group_size
+    if size == 32 and weight.in_features % 64 == 0:
+        return 1, 2
+    if size % 64:
+        return None
+    return next(c for c in (4, 3, 2, 1) if size // 64 % c == 0), 1
+
+
+@functools.cache
+def _rows_kernel(chunks: int, halves: int) -> Any:
+    from .cpu_kernel import rows_kernel  # compiles, or loads what an earlier process compiled
+
+    return rows_kernel(chunks, halves)
+
+
+def _integer_linear(x: Tensor, weight: W4A16Weight) -> Tensor:
+    from . import cpu_kernel as kernel
+
+    chunks, halves = _block_shape(weight) or (1, 1)
+    (tokens, k), n = x.shape, weight.out_features
+    blocks = k * halves // (64 * chunks)
+    x = x.to(torch.float32).contiguous()
+    integers = torch.empty(tokens, k, dtype=torch.int16)
+    scales = torch.empty((tokens + 3) // 4, blocks, 2, 4)
+    out = torch.empty(tokens, n)
+    args = (ctypes.c_int64 * kernel.ARGUMENTS)(
+        tokens, n, k, weight.scales.shape[1], blocks, x.data_ptr(), integers.data_ptr(), scales.data_ptr(),
+        weight.qweight.data_ptr(), weight.scales.data_ptr(), weight.zeros.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    parallel_for(kernel.quantize_tokens.address, args, tokens, grain=4)
+    parallel_for(_rows_kernel(chunks, halves).address, args, (n + 3) // 4, grain=kernel.PANEL // 4)
+    return out
+
+
+def _blocks(weight: W4A16Weight) -> list[tuple[int, int]]:
+    rows = max(1, SCRATCH_BYTES // (4 * max(1, weight.in_features)))
+    return [(first, min(first + rows, weight.out_features)) for first in range(0, weight.out_features, rows)]
+
+
+def _dequantize_block(weight: W4A16Weight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    if not _HAS_NUMBA:
+        return reference.dequantize_w4a16(
+            weight.qweight[first:last], weight.scales[first:last], weight.zeros[first:last], dtype
+        )
+    from . import cpu_kernel as kernel
+
+    out = torch.empty(last - first, weight.in_features)
+    args = (ctypes.c_int64 * kernel.ARGUMENTS)(
+        0, last - first, weight.in_features, weight.scales.shape[1], 0, 0, 0, 0, weight.qweight[first:].data_ptr(),
+        weight.scales[first:].data_ptr(), weight.zeros[first:].data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    parallel_for(kernel.dequantize_rows.address, args, last - first, grain=16)
+    return out.to(dtype)
+
+
+def _dequantized_linear(x: Tensor, weight: W4A16Weight) -> Tensor:
+    dtype = _gemm_dtype(x.dtype)
+    x = x.to(dtype)
+    out = torch.empty(len(x), weight.out_features, dtype=dtype)
+    for first, last in _blocks(weight):
+        out[:, first:last] = x @ _dequantize_block(weight, first, last, dtype).T
+    return out
+
+
+@functools.cache
+def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What to multiply dequantized blocks in: the activations' own type only where the processor multiplies it fast."""
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    # oneDNN counts an emulation on AVX2 as support; only AVX-512 and AMX have bfloat16 products.
+    fast = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    return dtype if dtype in native and fast and native[dtype]() else torch.float32
+
+
+# PyTorch's packed copy of a weight, for as long as the weight lives. Keyed by identity: tensors compare elementwise.
+_int4packs: dict[int, tuple[Tensor, dict[torch.dtype, Tensor]]] = {}
+
+
+def _int4pack_reason(weight: W4A16Weight) -> str | None:
+    if weight.group_size not in (32, 64, 128, 256):
+        return f"group size {weight.group_size}"
+    return f"N = {weight.out_features}" if weight.out_features % 32 else None
+
+
+def _int4pack_linear(x: Tensor, weight: W4A16Weight) -> Tensor:
+    key = id(weight.qweight)
+    if key not in _int4packs:
+        packed = torch._convert_weight_to_int4pack_for_cpu(weight.integers().to(torch.int32), 1)
+        _int4packs[key] = packed, {}
+        weakref.finalize(weight.qweight, _int4packs.pop, key, None)
+    packed, scales_and_zeros = _int4packs[key]
+    if x.dtype not in scales_and_zeros:
+        scales = weight.scales.float()
+        # PyTorch's kernel computes (q - 8) * scale + zero.
+        shifts = (8 - weight.zeros.float()) * scales
+        scales_and_zeros[x.dtype] = torch.stack((scales.T, shifts.T), -1).to(x.dtype).contiguous()
+    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, weight.group_size, scales_and_zeros[x.dtype])

@@ -1,0 +1,200 @@
+"""Which W4A16 kernel and tile runs a shape: the configurations, what each should cost, and the choice.
+
+Nothing here imports Triton or needs a GPU. The cost model ranks a handful of tiles; its constants are data sheet
+numbers and instruction counts read from SASS. A measured plan overrides it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+
+from kernelgraft_core.runtime.plans import PLANS
+
+OP, VERSION = "w4a16_linear", 1  # a new version makes stored plans void
+
+
+@dataclass(frozen=True)
+class Config:
+    """One enumerated way to run the multiplication; what a plan stores.
+
+    Attributes:
+        kernel: ``slice_k``, ``gemm`` or ``dequantize`` (dequantize, then cuBLAS; it has no tile of its own).
+        block_m: tokens per program.
+        block_n: output features per program.
+        block_k: columns per step, of each warp for ``slice_k``.
+        splits: programs that share an output tile along K (``gemm``); a second kernel sums their float32 parts.
+        warps: warps per program.
+        stages: depth of the software pipeline; ``stages - 1`` tiles are in flight.
+    """
+
+    kernel: Literal["slice_k", "gemm", "dequantize"]
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    splits: int = 1
+    warps: int = 0
+    stages: int = 0
+
+    @property
+    def step(self) -> int:
+        """Columns that a program consumes per iteration."""
+        return self.block_k * (self.warps if self.kernel == "slice_k" else 1)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of one stage, without the scales."""
+        return (self.block_n // 2 + self.block_m * 2) * self.step
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the cost model knows of a GPU generation: data sheet numbers of its usual member."""
+
+    multiprocessors: int
+    clock: float  # GHz
+    macs: int  # dense 16-bit multiply-accumulates per clock and multiprocessor
+    memory: float  # GB/s
+    shared: int  # bytes one program may use
+    tiles: tuple[Config, ...]
+
+
+DEQUANTIZE = Config("dequantize")
+SPLITS = (1, 2, 4, 8)
+MAX_SPLIT_TOKENS = 256  # beyond this many tokens there are tiles enough without splitting K
+
+
+def _slice_k(block_m: int, block_n: int, block_k: int, warps: int) -> Config:
+    return Config("slice_k", block_m, block_n, block_k, 1, warps, 4)
+
+
+def _gemm(block_m: int, block_n: int, block_k: int, warps: int, stages: int = 4) -> Config:
+    return Config("gemm", block_m, block_n, block_k, 1, warps, stages)
+
+
+_DECODE = (
+    _slice_k(8, 16, 128, 8),
+    _slice_k(8, 16, 64, 4),
+    _slice_k(8, 32, 64, 8),
+    _slice_k(16, 16, 64, 4),
+    _slice_k(16, 32, 64, 8),
+)
+_SMALL = (_gemm(32, 64, 64, 4), _gemm(32, 128, 64, 4), _gemm(64, 64, 64, 4))
+# mma.sync: of 128 x 128, four warps unpack every weight twice, eight warps four times.
+_AMPERE = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 8), _gemm(128, 128, 64, 4))
+# 99 KB of shared memory: with a stage less, two programs fit; a stage outlasts the latency of memory there.
+_ADA = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 8), _gemm(128, 128, 64, 4, stages=3))
+# wgmma: one warpgroup unpacks every weight once. 128 x 256 reads x from L2 half as often.
+_HOPPER = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 4), _gemm(128, 128, 64, 4), _gemm(128, 256, 64, 8))
+# tcgen05: weights go through tensor memory.
+_BLACKWELL = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 8), _gemm(128, 128, 64, 8))
+
+ARCHITECTURES = {
+    80: Architecture(108, 1.41, 1024, 1_555, 163 << 10, _AMPERE),
+    89: Architecture(142, 2.20, 512, 864, 99 << 10, _ADA),
+    90: Architecture(132, 1.75, 2048, 3_350, 227 << 10, _HOPPER),
+    100: Architecture(148, 1.85, 4096, 8_000, 227 << 10, _BLACKWELL),
+}
+
+
+def architecture(capability: tuple[int, int]) -> int | None:
+    """The entry of :data:`ARCHITECTURES` that speaks for a compute capability; None below 8.0."""
+    major, minor = capability
+    if major < 8:
+        return None
+    if major in (9, 10):
+        return major * 10
+    return 80 if (major, minor) == (8, 0) else 89  # the small Amperes, Ada and 12.x all have 99 KB of shared memory
+
+
+def candidates(arch: int, m: int, n: int, k: int, group: int) -> tuple[Config, ...]:
+    """Every configuration that makes sense for ``(m, k) @ (n, k).T`` with this group size, for a tuner to measure."""
+    found = []
+    for tile in ARCHITECTURES[arch].tiles:
+        if tile.kernel == "slice_k":
+            if m <= tile.block_m and (m > 8 or tile.block_m == 8):
+                found.append(tile)
+        elif m > 16 and (tile.block_m == 32 or m > tile.block_m // 2):
+            steps = -(-k // tile.block_k)
+            for splits in SPLITS if m <= MAX_SPLIT_TOKENS else (1,):
+                if splits == 1 or steps >= 8 * splits:
+                    found.append(
+                        Config("gemm", tile.block_m, tile.block_n, tile.block_k, splits, tile.warps, tile.stages)
+                    )
+    if m > 128:
+        found.append(DEQUANTIZE)
+    return tuple(found)
+
+
+def list_selectable(arch: int) -> tuple[Config, ...]:
+    """Every tile that :func:`heuristic` can pick on an architecture; splitting K does not change the kernel's loop."""
+    return ARCHITECTURES[arch].tiles
+
+
+def estimate(arch: int, config: Config, m: int, n: int, k: int, group: int) -> float:
+    """Microseconds that a configuration should take: the slowest of tensor cores, unpacking, L2 and memory.
+
+    Rounded up to whole waves, with a memory bandwidth that too few bytes in flight cannot reach.
+    """
+    gpu = ARCHITECTURES[arch]
+    cycles_per_us = gpu.clock * 1e3
+    bytes_per_us = gpu.memory * 1e3
+    launch, latency = 2.0, 0.9
+    weight_bytes = n * k * (0.5 + 3 / group)
+    activation_bytes = 2 * (m * k + m * n)
+    if config.kernel == "dequantize":
+        multiply = m * n * k / (gpu.macs * gpu.multiprocessors * cycles_per_us * 0.8)
+        return 2 * launch + (weight_bytes + 4 * n * k) / bytes_per_us + max(multiply, activation_bytes / bytes_per_us)
+    tiles = -(-m // config.block_m) * -(-n // config.block_n) * config.splits
+    resident = max(1, min(gpu.shared // (config.stage_bytes * (config.stages - 1)), 16 // config.warps))
+    waves = -(-tiles // (gpu.multiprocessors * resident))
+    steps = -(-k // (config.step * config.splits))
+    # A third of the tensor cores' rate is lost to barriers and to unpacking that does not overlap.
+    tensor = config.block_m * config.block_n * config.step / (gpu.macs * 0.65)
+    unpack = config.block_n * config.step / 40
+    per_multiprocessor = min(resident, -(-tiles // gpu.multiprocessors))
+    compute = waves * steps * max(tensor, unpack) * per_multiprocessor / cycles_per_us
+    in_flight = min(tiles, gpu.multiprocessors * resident) * config.stage_bytes * (config.stages - 1)
+    traffic = tiles * steps * config.step * (config.block_n / 2 + 2 * min(m, config.block_m))
+    memory = max(
+        (weight_bytes + activation_bytes) / min(bytes_per_us, in_flight / latency), traffic / (2.0 * bytes_per_us)
+    )
+    total = launch + 2 * latency + max(compute, memory)
+    if config.splits > 1:
+        total += launch + 8 * config.splits * m * n / (2.0 * bytes_per_us)
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic(arch: int, m: int, n: int, k: int, group: int) -> Config:
+    """The cheapest candidate by :func:`estimate`; float16 and bfloat16 cost the same."""
+    return min(candidates(arch, m, n, k, group), key=lambda config: estimate(arch, config, m, n, k, group))
+
+
+def plan_shape(dtype: torch.dtype, m: int, n: int, k: int, group: int) -> dict[str, str | int]:
+    """What a plan is kept under: M rounded up to a power of two, the rest as it is."""
+    return {"m": 1 << (m - 1).bit_length(), "n": n, "k": k, "group": group, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def choose_config(arch: int, arch_key: str, dtype: torch.dtype, m: int, n: int, k: int, group: int) -> Config:
+    """The configuration to run: a stored plan where there is a usable one, else the heuristic.
+
+    Args:
+        arch: key of :data:`ARCHITECTURES`.
+        arch_key: what plans for this device are kept under.
+        dtype: of the activations.
+        m, n, k: tokens, output and input features, none of them 0.
+        group: columns that share a scale.
+    """
+    stored = PLANS.lookup(OP, VERSION, arch_key, plan_shape(dtype, m, n, k, group))
+    if stored is not None and (config := _planned(arch, tuple(stored.items()), m, n, k, group)):
+        return config
+    return heuristic(arch, m, n, k, group)
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(arch: int, stored: tuple[tuple[str, object], ...], m: int, n: int, k: int, group: int) -> Config | None:
+    return next((c for c in candidates(arch, m, n, k, group) if asdict(c) == dict(stored)), None)

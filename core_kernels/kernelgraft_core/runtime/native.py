@@ -1,0 +1,95 @@
+"""Writing CPU kernels in numba for :func:`kernelgraft_core.runtime.threads.parallel_for`.
+
+A kernel is a C function ``void(int64 start, int64 stop, int64 *args)`` that does items ``start`` to ``stop``; ``args``
+holds sizes and data pointers::
+
+    @cpu_kernel()
+    def scale(start, stop, args):
+        x = numba.carray(pointer(args[1]), (args[0],), np.float32)
+        for i in range(start, stop):
+            x[i] *= np.float32(2)
+
+    args = (ctypes.c_int64 * 2)(x.numel(), x.data_ptr())
+    parallel_for(scale.address, args, x.numel(), grain=1024)
+
+A kernel runs without Python's lock: it must not raise (numba would only print the error), and must not call
+``parallel_for``. It is cached on disk under the source of its own file only, so a kernel that is generated, or that
+calls a function of another file, needs something of its own in its source that changes with it.
+
+Raises:
+    ImportError: on import, where numba is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    from llvmlite import ir
+    from numba import cfunc, types
+    from numba.extending import intrinsic
+except ImportError as error:
+    raise ImportError("compiled CPU kernels need numba: pip install 'kernelgraft[cpu]'") from error
+
+SIGNATURE = types.void(types.int64, types.int64, types.CPointer(types.int64))
+
+
+def cpu_kernel(*, fastmath: bool | set[str] = False) -> Callable[[Callable[..., None]], Any]:
+    """Compile a kernel; the result has ``.address`` (for ``parallel_for``) and must be kept alive, as a global is.
+
+    Args:
+        fastmath: as for ``numba.njit``; ``{"contract"}`` allows fused multiply-add alone.
+    """
+    compiled: Callable[[Callable[..., None]], Any] = cfunc(SIGNATURE, cache=True, fastmath=fastmath)
+    return compiled
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """``pointer(address: int64)`` inside a kernel: an untyped pointer, for ``numba.carray``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _call_kernel(typing_context: Any, address: Any, start: Any, stop: Any, args: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        word = ir.IntType(64)
+        function = ir.FunctionType(ir.VoidType(), [word, word, word])
+        builder.call(builder.inttoptr(values[0], function.as_pointer()), values[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _call_int(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(values[0], function.as_pointer()), []), ir.IntType(64))
+
+    return types.int64(types.int64), generate
+
+
+# What a team of OpenMP threads is told: one int64 array, in this order. OpenMP's two functions come as addresses
+# because numba does not cache a function that holds one.
+KERNEL, ARGS, PARTS, THREAD_NUMBER, TEAM_SIZE, BOUNDS = range(6)
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=True)
+def team_member(task: Any) -> None:
+    """Run by every thread of an OpenMP team: part ``p`` is ``task[BOUNDS + p]`` to ``task[BOUNDS + p + 1]``.
+
+    OpenMP may give fewer threads than were asked for; each then takes more than one part.
+    """
+    first = _call_int(task[THREAD_NUMBER])
+    step = _call_int(task[TEAM_SIZE])
+    for part in range(first, task[PARTS], step):
+        start = task[BOUNDS + part]
+        stop = task[BOUNDS + part + 1]
+        if start < stop:
+            _call_kernel(task[KERNEL], start, stop, task[ARGS])

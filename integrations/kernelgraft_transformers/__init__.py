@@ -1,0 +1,1 @@
+"""Hugging Face Transformers: loading quantized checkpoints on kernelgraft's kernels, and making them."""

@@ -1,0 +1,140 @@
+"""Which layers of an AutoAWQ checkpoint run on our kernels: the quantization config that vLLM asks.
+
+Only what deciding needs is imported here; vLLM's layers are loaded when it builds a model, so that registering the
+method stays cheap in each of its processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from . import AWQ_METHOD
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+_MISSING = object()
+
+
+class KernelgraftAWQConfig(QuantizationConfig):
+    """An AutoAWQ checkpoint in GEMM layout: 4 bits, asymmetric, one scale and zero point per group and column.
+
+    Args:
+        group_size: weights along K that share a scale, a multiple of 8, or -1 for one group per column.
+        modules_to_not_convert: parts of the names of layers that the checkpoint keeps in floating point.
+    """
+
+    def __init__(self, group_size: int, modules_to_not_convert: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.modules_to_not_convert = list(modules_to_not_convert)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(group_size={self.group_size}, modules_to_not_convert={self.modules_to_not_convert})"
+        )
+
+    def get_name(self) -> str:
+        return AWQ_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Where AutoAWQ kept its settings before they moved into ``config.json``."""
+        return ["quantize_config.json", "quant_config.json"]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> KernelgraftAWQConfig:
+        """Read ``quantization_config`` of ``config.json``, with the key names of AutoAWQ's old and new versions.
+
+        Raises:
+            ValueError: the checkpoint is not AWQ, or is of a kind that these kernels do not run; the message holds
+                the value and what is supported.
+        """
+        expected = (
+            ("quant_method", _first(config, "quant_method", default="awq"), "awq"),
+            ("version", _first(config, "version", "format", default="gemm"), "gemm"),
+            ("bits", _first(config, "bits", "w_bit"), 4),
+            ("zero_point", _first(config, "zero_point", default=True), True),
+            ("lm_head", _first(config, "lm_head", default=False), False),
+        )
+        for key, value, supported in expected:
+            comparable = value.lower() if isinstance(value, str) else value
+            if type(comparable) is not type(supported) or comparable != supported:
+                raise ValueError(f"quantization_config has {key} = {value!r}; {AWQ_METHOD} supports {supported!r} only")
+        group_size = _first(config, "group_size", "q_group_size")
+        if type(group_size) is not int or not (group_size == -1 or (group_size > 0 and group_size % 8 == 0)):
+            raise ValueError(
+                f"quantization_config has group_size = {group_size!r}; {AWQ_METHOD} supports multiples of 8, and -1"
+            )
+        skipped = _first(config, "modules_to_not_convert", default=None) or []
+        if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+            raise ValueError(f"quantization_config has modules_to_not_convert = {skipped!r}, expected a list of names")
+        return cls(group_size, skipped)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take an AWQ checkpoint over, but only from a user who named us: vLLM asks this for every quantized model."""
+        is_awq = str(hf_quant_cfg.get("quant_method", "")).lower() == "awq"
+        return AWQ_METHOD if is_awq and user_quant == AWQ_METHOD else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Find the layers left in floating point from the tensor names when ``config.json`` does not list them."""
+        if self.modules_to_not_convert:
+            return
+        from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+        kinds: dict[str, set[str]] = {}
+        for name in get_safetensors_params_metadata(model_name, revision=revision):
+            module, _, kind = name.rpartition(".")
+            kinds.setdefault(kind, set()).add(module)
+        self.modules_to_not_convert = sorted(kinds.get("weight", set()) - kinds.get("qweight", set()))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.modules_to_not_convert = hf_to_vllm_mapper.apply_list(self.modules_to_not_convert)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How ``layer`` is computed; None where it is computed as if the model were not quantized.
+
+        Raises:
+            NotImplementedError: ``layer`` holds the quantized experts of a mixture.
+        """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+        from .awq_linear import KernelgraftAWQLinearMethod
+
+        if not isinstance(layer, LinearBase | RoutedExperts):
+            return None  # embeddings, the output head and attention
+        skipped = is_layer_skipped(
+            prefix, self.modules_to_not_convert, self.packed_modules_mapping, match_mode="substring"
+        )
+        if isinstance(layer, RoutedExperts):
+            if skipped:
+                return None
+            raise NotImplementedError(
+                f"{prefix}: MoE layers are not supported yet by {AWQ_METHOD}; serve with --quantization awq"
+            )
+        return UnquantizedLinearMethod() if skipped else KernelgraftAWQLinearMethod(self.group_size, prefix)
+
+
+def _first(config: Mapping[str, Any], *keys: str, default: Any = _MISSING) -> Any:
+    for key in keys:
+        if key in config:
+            return config[key]
+    if default is _MISSING:
+        raise ValueError(f"quantization_config has no {' or '.join(keys)}: it holds {sorted(config)}")
+    return default

@@ -1,0 +1,52 @@
+"""The command ``kernelgraft``. Each module here holds a few commands, which import what they need when they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from kernelgraft.errors import KernelgraftError
+
+from . import listing, models
+
+app = typer.Typer(
+    name="kernelgraft",
+    epilog="Example: kernelgraft doctor",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("list")(listing.list_plugins)
+app.command("doctor")(listing.doctor)
+app.command("quantize")(models.quantize)
+app.command("inspect")(models.inspect)
+app.command("ppl")(models.ppl)
+
+
+@app.callback()
+def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+    """Efficient-AI kernels and algorithms, grafted onto vLLM, Transformers, OpenMMLab and PyTorch Geometric."""
+    # Nothing to do: main has taken --debug off the command line, so that it may stand anywhere.
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default the process's own, and exit.
+
+    Exit codes: 0 done, 1 failed (one sentence on stderr; ``--debug`` raises instead), 2 wrong usage.
+    """
+    # Read by torch when it is imported. Huge pages for large buffers: memory-bound CPU kernels gain 2x and more.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        app([argument for argument in given if argument != "--debug"])
+    except (KernelgraftError, ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"kernelgraft: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,202 @@
+"""``kernelgraft quantize``, ``kernelgraft inspect`` and ``kernelgraft ppl``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import console, count_bytes, escape, table
+
+BUILT_IN_TEXT = "Python's pydoc_data.topics"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Directory or hub name of the model to quantize.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it appears whole or not at all.")],
+    recipe: Annotated[str, typer.Option(help="awq, or rtn (plain rounding, to compare with).")] = "awq",
+    text: Annotated[
+        Path | None,
+        typer.Option("--calib", help="Calibration text, UTF-8. Default: the documentation in Python itself."),
+    ] = None,
+    group_size: Annotated[
+        str, typer.Option(help="32, 64, 128, -1 (whole rows) or auto: the largest that divides every layer.")
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    length: Annotated[int, typer.Option("--seqlen", help="Tokens in a sample.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed that draws the samples.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Quantize a causal language model to 4 bits and write an AutoAWQ checkpoint.
+
+    Examples:
+
+    [bold]kernelgraft quantize ./SmolLM2-135M-Instruct --out ./SmolLM2-awq --calib text.txt[/]
+
+    [bold]kernelgraft quantize meta-llama/Llama-3.2-1B -o ./llama-awq --group-size 64[/]
+    """
+    from kernelgraft_transformers.checkpoint import check_replaceable
+    from kernelgraft_transformers.quantize import load_source, quantize_checkpoint
+    from kernelgraft_transformers.texts import Calibration, read_text
+
+    size = parse_group_size(group_size)
+    check_replaceable(out, overwrite=overwrite)  # before minutes of work
+    content = built_in_text() if text is None else read_text(text)
+    source = load_source(model)
+    with BlockProgress() as progress:
+        record = quantize_checkpoint(
+            source,
+            out,
+            content,
+            text_name=BUILT_IN_TEXT if text is None else str(text),
+            recipe=recipe,
+            group_size=size,
+            calibration=Calibration(samples, length, seed),
+            overwrite=overwrite,
+            on_block=progress.show,
+        )
+    console().print(
+        f"[green]wrote[/] {escape(out)}: {recipe}, group size {record['group_size']}, {record['seconds']:.0f} s"
+    )
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A model directory.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer's error.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a model directory holds and how it was quantized, without loading it.
+
+    Example: [bold]kernelgraft inspect ./SmolLM2-awq --layers[/]
+    """
+    from kernelgraft_transformers.checkpoint import describe
+
+    found = describe(directory)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = table("property", "value")
+    quantization = found["quantization_config"] or {}
+    for name, value in (
+        ("model", f"{found['model_type']}, {found['layers']} layers, {found['dtype']}"),
+        ("size", count_bytes(found["bytes"])),
+        ("quantization", quantization.get("quant_method", "none")),
+        ("bits, group size", f"{quantization.get('bits')}, {quantization.get('group_size')}" if quantization else "-"),
+        ("quantized layers", found["quantized_layers"]),
+    ):
+        rows.add_row(name, escape(value))
+    record = found["record"]
+    if record:
+        calibration = record["calibration"]
+        rows.add_row("made by", escape(f"kernelgraft {record['kernelgraft']}, recipe {record['recipe']}"))
+        rows.add_row("from", escape(record["source"]))
+        rows.add_row(
+            "calibration",
+            escape(
+                f"{calibration['samples']} x {calibration['length']} tokens of {calibration['text']}, "
+                f"seed {calibration['seed']}, sha256 {calibration['sha256'][:12]}"
+            ),
+        )
+        rows.add_row("time", f"{record['seconds']:.0f} s")
+    console().print(rows)
+    if layers and record:
+        console().print(layer_table(record["layers"]))
+
+
+def ppl(
+    model: Annotated[str, typer.Argument(help="Directory or hub name, quantized or not.")],
+    text: Annotated[Path | None, typer.Option("--text", help="Text to predict, UTF-8. Default: Python's own.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    length: Annotated[int, typer.Option("--seqlen", help="Tokens in a window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+) -> None:
+    """Measure perplexity over disjoint windows of a text.
+
+    AWQ checkpoints run on kernelgraft's kernels.
+
+    Example: [bold]kernelgraft ppl ./SmolLM2-awq --text wiki.test.raw --windows 64[/]
+    """
+    from kernelgraft_transformers.texts import encode, perplexity, read_text
+    from rich.progress import Progress
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import kernelgraft
+
+    if dtype not in ("float32", "bfloat16", "float16", "auto"):
+        raise typer.BadParameter(f"{dtype!r} is not float32, bfloat16, float16 or auto", param_hint="--dtype")
+    content = built_in_text() if text is None else read_text(text)
+    kernelgraft.load_plugin("awq")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    tokens = encode(AutoTokenizer.from_pretrained(model), content)
+    with Progress(console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task("perplexity", total=None)
+        result = perplexity(
+            loaded,
+            tokens,
+            window=length,
+            windows=windows,
+            on_window=lambda done, count, so_far: progress.update(
+                task, total=count, completed=done, description=f"perplexity {so_far:.3f}"
+            ),
+        )
+    print(f"{result:.4f}")
+
+
+def parse_group_size(text: str) -> int | None:
+    """``auto`` is None. Raises typer.BadParameter for what is no group size."""
+    if text == "auto":
+        return None
+    if text not in ("-1", "32", "64", "128"):
+        raise typer.BadParameter(f"{text!r} is not auto, 32, 64, 128 or -1", param_hint="--group-size")
+    return int(text)
+
+
+def built_in_text() -> str:
+    """About 700 kB of English prose about Python that comes with every CPython."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+class BlockProgress:
+    """A progress bar over blocks; under it, each layer's error before and after."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console(stderr=True),
+        )  # fmt: skip
+        self._task = self._progress.add_task("blocks", total=None)
+
+    def __enter__(self) -> BlockProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, block: Any) -> None:
+        """Take one :class:`kernelgraft_core.quant.awq.BlockResult`."""
+        self._progress.update(self._task, total=block.count, completed=block.index + 1)
+        for report in block.reports:
+            self._progress.console.print(
+                f"[dim]{escape(report.name)}[/] output error {report.error_before:.2e} rounded, "
+                f"[bold]{report.error_after:.2e}[/] now"
+            )
+
+
+def layer_table(layers: list[dict[str, Any]]) -> Any:
+    """Errors of every layer, from a record."""
+    rows = table("layer", "error rounded", "error now", "scales")
+    for layer in layers:
+        rows.add_row(
+            escape(layer["name"]),
+            f"{layer['error_before']:.2e}",
+            f"{layer['error_after']:.2e}",
+            f"{layer['form']} {layer['exponent']:.2f}" if layer["form"] != "identity" else "none",
+        )
+    return rows
