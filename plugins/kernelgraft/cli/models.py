@@ -118,11 +118,11 @@ def ppl(
 
     Example: [bold]kernelgraft ppl ./SmolLM2-awq --text wiki.test.raw --windows 64[/]
     """
-    from kernelgraft_transformers.texts import encode, perplexity, read_text
     from rich.progress import Progress
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import kernelgraft
+    from kernelgraft_transformers.texts import encode, perplexity, read_text
 
     if dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise typer.BadParameter(f"{dtype!r} is not float32, bfloat16, float16 or auto", param_hint="--dtype")

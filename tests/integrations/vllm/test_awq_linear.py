@@ -13,7 +13,8 @@ from vllm.model_executor.layers import linear
 from kernelgraft_vllm.awq import KernelgraftAWQConfig
 
 K, TOKENS = 256, 5
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Far below what a column or group in the wrong place does; how exact the op is, its own tests say.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 RANKS = [pytest.param(1, id="tp1"), pytest.param(2, id="tp2")]
 GROUPS = [pytest.param(32, id="g32"), pytest.param(128, id="g128"), pytest.param(-1, id="one-group-per-column")]
 

@@ -7,7 +7,7 @@ numbers and instruction counts read from SASS. A measured plan overrides it.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
