@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kernelgraft_core import __version__
-from kernelgraft_core.quant.architectures import find_architecture
+from kernelgraft_core.quant.architectures import find_architecture, linear_layer
 from kernelgraft_core.quant.awq import AwqConfig, BlockResult, quantize_awq
 from kernelgraft_core.quant.w4a16.weight import W4A16Weight
 from kernelgraft_core.runtime.errors import UnsupportedModelError
@@ -73,7 +73,7 @@ def choose_group_size(model: nn.Module) -> int:
     """
     architecture = find_architecture(model)
     widths = {
-        block.get_submodule(name).weight.shape[1]
+        linear_layer(block, name).in_features
         for block in architecture.block_list(model)
         for group in architecture.scale_groups(block)
         for name in group.targets

@@ -56,9 +56,7 @@ class Architecture:
 
     def scale_groups(self, block: nn.Module) -> tuple[ScaleGroup, ...]:
         """The groups of one block, in the order in which they may be scaled."""
-        value, output = block.get_submodule("self_attn.v_proj"), block.get_submodule("self_attn.o_proj")
-        assert isinstance(value, nn.Linear)
-        assert isinstance(output, nn.Linear)
+        value, output = linear_layer(block, "self_attn.v_proj"), linear_layer(block, "self_attn.o_proj")
         head_dim = int(getattr(block.self_attn, "head_dim", value.out_features))
         return (
             ScaleGroup(
@@ -94,3 +92,18 @@ def find_architecture(model: nn.Module) -> Architecture:
             return architecture
     known = ", ".join(sorted(t for a in ARCHITECTURES for t in a.model_types))
     raise UnsupportedModelError(f"no quantization adapter for model type {model_type!r}; known: {known}")
+
+
+def linear_layer(block: nn.Module, name: str) -> nn.Linear:
+    """A linear layer of a block by name.
+
+    Raises:
+        UnsupportedModelError: there is none, or it is of another type (a layer that is quantized already, say).
+    """
+    try:
+        layer = block.get_submodule(name)
+    except AttributeError:
+        raise UnsupportedModelError(f"{type(block).__name__} has no layer {name}") from None
+    if not isinstance(layer, nn.Linear):
+        raise UnsupportedModelError(f"{name} of {type(block).__name__} is {type(layer).__name__}, expected Linear")
+    return layer

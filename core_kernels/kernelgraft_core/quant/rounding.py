@@ -26,8 +26,8 @@ class Grid:
     def spanning(cls, low: Tensor, high: Tensor) -> Grid:
         """The grid that reaches from ``low`` to ``high`` ``(N, G)``; zero is always on it.
 
-        A group of one sign keeps zero as its end: a zero point must lie in 0..15, and clamping it afterwards (as AutoAWQ
-        does) would cut the other end of the range off.
+        A group of one sign keeps zero as its end: a zero point must lie in 0..15, and clamping it afterwards, as
+        AutoAWQ does, would cut the other end of the range off.
         """
         low, high = low.clamp(max=0), high.clamp(min=0)
         scales = ((high - low) / LEVELS).half().to(low.dtype)
@@ -56,7 +56,7 @@ def split_groups(weight: Tensor, group_size: int) -> Tensor:
     size = k if group_size == -1 else group_size
     if size <= 0 or k % size:
         raise ValueError(f"group size {group_size} does not divide K = {k}")
-    return weight.unflatten(-1, (k // size, size))
+    return weight.reshape(*weight.shape[:-1], k // size, size)
 
 
 def fake_quantize(weight: Tensor, group_size: int) -> Tensor:

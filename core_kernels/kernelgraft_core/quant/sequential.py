@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,7 @@ class BlockInputs:
         return BlockInputs(self.hidden[:taken], self.kwargs[:taken])
 
     def spread(self, tokens: int, factor: int = 4) -> BlockInputs:
-        """Some batches, evenly spread, that hold about ``factor * tokens`` tokens: to draw ``tokens`` scattered ones from."""
+        """Batches, evenly spread, of about ``factor * tokens`` tokens: to draw ``tokens`` scattered ones from."""
         step = max(1, self.tokens // max(1, factor * tokens))
         return BlockInputs(self.hidden[::step], self.kwargs[::step])
 
@@ -73,7 +73,7 @@ def capture_block_inputs(model: nn.Module, first_block: nn.Module, batches: Iter
 
 
 @contextmanager
-def watch_inputs(modules: dict[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watch_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While open, ``see(name, x)`` gets the first argument of every call of the named modules."""
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
@@ -115,6 +115,11 @@ class InputStatistics:
     @property
     def moments(self) -> Tensor:
         return self._products / max(self.tokens, 1)
+
+    def moments_of_scaled(self, scales: Tensor) -> Tensor:
+        """The moments of ``x / scales``, for scales ``(K,)``."""
+        by_group = scales.view(self._products.shape[:2])
+        return self.moments / (by_group.unsqueeze(2) * by_group.unsqueeze(1))
 
     def check(self, layer: str) -> None:
         """Raise NonFiniteError when a NaN or an infinity has passed through."""

@@ -5,61 +5,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernelgraft_core.quant.rounding import Grid, split_groups
+from kernelgraft_core.quant.rounding import Grid
 
 
-def search_grid(
-    weight: Tensor, moments: Tensor, *, group_size: int, steps: int = 10, max_shrink: float = 0.5, both: bool = True
-) -> Grid:
-    """The grid of every group that changes the layer's output least.
+def search_grid(groups: Tensor, moments: Tensor, *, steps: int = 10, max_shrink: float = 0.5) -> Grid:
+    """The grid of every group of weights that changes the layer's output least.
 
-    AWQ shrinks a group's range symmetrically, ``steps`` times by up to ``max_shrink``, and keeps the best by the squared
-    error of the group's contribution to the output. Here that error is exact over all calibration tokens, because it
-    needs only their second moments; ``both`` goes on to shrink either end alone from the best symmetric range.
+    AWQ shrinks a group's range symmetrically, ``steps`` times by up to ``max_shrink``, and keeps the best by the
+    squared error of the group's contribution to the output. Here that error is exact over all calibration tokens, because it
+    needs only their second moments, and the search goes on to shrink either end alone from the best symmetric range.
 
     Args:
-        weight: ``(N, K)``.
-        moments: ``(G, g, g)``, :attr:`~kernelgraft_core.quant.sequential.InputStatistics.moments` of the input.
+        groups: ``(N, G, g)`` weights.
+        moments: ``(G, g, g)`` second moments of the input
+            (:class:`~kernelgraft_core.quant.sequential.InputStatistics`).
     """
-    groups = split_groups(weight, group_size)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    search = _Search(groups, moments, Grid.spanning(low, high))
+    low, high = groups.amin(-1), groups.amax(-1)
+    search = _Search(groups, moments, low, high)
     reach = torch.maximum(-low, high)
-    best = torch.zeros_like(low)
     ratios = [1 - max_shrink * i / steps for i in range(1, steps)]
     for ratio in ratios:
-        clipped = search.offer(low.clamp(min=-reach * ratio), high.clamp(max=reach * ratio))
-        best = torch.where(clipped, 1 - ratio, best)
-    if both:
-        for end in (0, 1):
-            low, high = search.low, search.high
-            for ratio in ratios:
-                search.offer(low * ratio if end == 0 else low, high * ratio if end == 1 else high)
+        search.offer(low.maximum(-reach * ratio), high.minimum(reach * ratio))
+    for side in ("low", "high"):
+        low, high = search.low, search.high
+        for ratio in ratios:
+            search.offer(low * (ratio if side == "low" else 1), high * (ratio if side == "high" else 1))
     return search.grid
+
+
+def output_error(groups: Tensor, grid: Grid, moments: Tensor) -> float:
+    """Squared error of the output relative to its own square, groups taken one by one; arguments as above."""
+    change = grid.reproduce(groups) - groups
+    return float(_energy(change, moments).sum() / _energy(groups, moments).sum().clamp(min=1e-30))
+
+
+def _energy(groups: Tensor, moments: Tensor) -> Tensor:
+    """``w^T M w`` of every group ``(N, G)``: the mean square that it contributes to the output."""
+    by_group = groups.transpose(0, 1)
+    return (torch.bmm(by_group, moments) * by_group).sum(-1).T
 
 
 class _Search:
     """The best grid so far, group by group."""
 
-    def __init__(self, groups: Tensor, moments: Tensor, start: Grid) -> None:
+    def __init__(self, groups: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> None:
         self._groups, self._moments = groups, moments
-        self.grid = start
-        self.error = self._error(start)
-        self.low = -start.scales * start.zeros
-        self.high = self.low + 15 * start.scales
+        self.low, self.high = low, high
+        self.grid = Grid.spanning(low, high)
+        self._error = self._error_of(self.grid)
 
-    def offer(self, low: Tensor, high: Tensor) -> Tensor:
-        """Keep the grid from ``low`` to ``high`` where it is better; returns where."""
+    def offer(self, low: Tensor, high: Tensor) -> None:
+        """Take the grid from ``low`` to ``high`` wherever it is better."""
         grid = Grid.spanning(low, high)
-        error = self._error(grid)
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
+        error = self._error_of(grid)
+        better = error < self._error
+        self._error = torch.where(better, error, self._error)
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
         self.grid = Grid(
             torch.where(better, grid.scales, self.grid.scales), torch.where(better, grid.zeros, self.grid.zeros)
         )
-        return better
 
-    def _error(self, grid: Grid) -> Tensor:
-        change = (grid.reproduce(self._groups) - self._groups).transpose(0, 1)
-        return (torch.bmm(change, self._moments) * change).sum(-1).T
+    def _error_of(self, grid: Grid) -> Tensor:
+        return _energy(grid.reproduce(self._groups) - self._groups, self._moments)

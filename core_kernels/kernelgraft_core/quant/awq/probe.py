@@ -19,7 +19,7 @@ class ModuleProbe:
         inspect: name of the module in it.
         layers: the linear layers whose weights are going to vary.
         tokens: how many calibration tokens to judge by.
-        per_token: take them from all over the calibration text; a module that mixes tokens is judged on whole sequences.
+        per_token: take them from all over the calibration text; a module that mixes tokens needs whole sequences.
     """
 
     def __init__(

@@ -35,6 +35,11 @@ class ScaleChoice:
     plain_error: float
     curve: tuple[tuple[str, float, float], ...]
 
+    @classmethod
+    def identity(cls, like: Tensor) -> ScaleChoice:
+        """No scales, where none were searched."""
+        return cls(torch.ones_like(like), "identity", 0.0, 0.0, 0.0, ())
+
 
 def search_scales(
     weights: Sequence[Tensor],
@@ -48,8 +53,8 @@ def search_scales(
 ) -> ScaleChoice:
     """Search ``s = a^r`` and ``s = a^r / b^(1 - r)`` on a grid of ``points`` values of ``r`` in [0, 1).
 
-    ``a`` is the mean magnitude of the activations per channel (section 3.2 of the paper) and ``b`` the mean magnitude of
-    the weights relative to their group's largest (the form that AutoAWQ calls duo scaling).
+    ``a`` is the mean magnitude of the activations per channel (section 3.2 of the paper) and ``b`` the mean magnitude
+    of the weights relative to their group's largest (the form that AutoAWQ calls duo scaling).
 
     Args:
         weights: ``(N_i, K)`` each, the layers that read these activations.

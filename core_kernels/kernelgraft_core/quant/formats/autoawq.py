@@ -1,8 +1,9 @@
 """AutoAWQ's GEMM layout, the de facto AWQ checkpoint: exact packing in both directions.
 
-Per linear layer ``qweight`` int32 ``(K, N / 8)``, ``qzeros`` int32 ``(K / g, N / 8)`` and ``scales`` float16 ``(K / g, N)``;
-nibble ``i`` of word ``c`` is column ``8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]`` and ``W = (q - z) * s``. The order is the one of
-:mod:`kernelgraft_core.quant.int4`, only that here it runs along N and in :class:`W4A16Weight` along K.
+Per linear layer ``qweight`` int32 ``(K, N / 8)``, ``qzeros`` int32 ``(K / g, N / 8)`` and ``scales`` float16
+``(K / g, N)``; nibble ``i`` of word ``c`` is column ``8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]`` and ``W = (q - z) * s``. The
+order is the one of :mod:`kernelgraft_core.quant.int4`, only that here it runs along N and in
+:class:`~kernelgraft_core.quant.w4a16.W4A16Weight` along K.
 """
 
 from __future__ import annotations

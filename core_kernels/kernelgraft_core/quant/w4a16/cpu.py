@@ -1,8 +1,8 @@
 """The CPU backend of W4A16: integer dot products on the packed weight, or blocks of it dequantized for a GEMM.
 
-Which of the two runs depends on the number of tokens and on the processor: the integer kernel reads four bits per weight
-and wins while memory or 16-bit integer arithmetic is the limit; a processor with bfloat16 matrix instructions does large
-batches faster on dequantized blocks. Without numba, PyTorch's own int4 kernel takes the place of ours.
+Which of the two runs depends on the number of tokens and on the processor: the integer kernel reads four bits per
+weight and wins while memory or 16-bit integer arithmetic is the limit; a processor with bfloat16 matrix instructions
+does large batches faster on dequantized blocks. Without numba, PyTorch's own int4 kernel takes the place of ours.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """The CPU kernel of ``w4a16_linear``: 16-bit integer dot products on packed nibbles, compiled by numba, no C compiler.
 
 Activations become 16-bit block floating point: every block of at most 256 values along K, never larger than a weight
-group, is scaled so that its largest magnitude is 32767. That keeps at least as many bits as bfloat16 has for every value
-within 2**-7 of the block's largest and bounds the absolute error of the others by the same step, and it turns the product
-into ``sum(q * xq)``, exact in 32-bit integers: a word of eight weights gives, shifted and masked, two 16-bit lanes that
-one multiply-add instruction (``vpmaddwd`` on x86) consumes, sixteen products at a time with AVX2.
+group, is scaled so that its largest magnitude is 32767. That keeps at least as many bits as bfloat16 has for every
+value within 2**-7 of the block's largest and bounds the absolute error of the others by the same step. The product
+becomes ``sum(q * xq)``, exact in 32-bit integers: a word of eight weights gives, shifted and masked, two 16-bit lanes
+that one multiply-add instruction (``vpmaddwd`` on x86) consumes, sixteen products at a time with AVX2.
 
     y[m, n] = sum_b  xs[m, b] * scale[n, b] * (sum_k q[n, k] * xq[m, k]  -  zero[n, b] * sum_k xq[m, k])
 
-Layouts: a chunk is 64 neighbours along K, 32 bytes of a weight row. Seen as sixteen 16-bit lanes, lane ``2 t + h`` holds
-elements ``8 t + 2 p + h`` in its four nibbles ``p`` (:mod:`kernelgraft_core.quant.int4`), so the activations of a chunk are
-stored as four planes ``p`` of sixteen lanes in that order.
+A chunk is 64 neighbours along K, 32 bytes of a weight row. Seen as sixteen 16-bit lanes, lane ``2 t + h`` holds
+elements ``8 t + 2 p + h`` in its four nibbles ``p`` (:mod:`kernelgraft_core.quant.int4`), so the activations of a chunk
+are stored as four planes ``p`` of sixteen lanes in that order.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _Emit:
         """Lanes ``i`` and ``4 + i`` of the result: the sums of the lower and of the upper half of vector ``i``."""
         even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
         pairs = [self.b.add(self.shuffle(a, b, even), self.shuffle(a, b, odd)) for a, b in (vectors[:2], vectors[2:])]
-        return self.b.add(self.shuffle(*pairs, even), self.shuffle(*pairs, odd))
+        return self.b.add(self.shuffle(pairs[0], pairs[1], even), self.shuffle(pairs[0], pairs[1], odd))
 
     def add_halves(self, vector: Any) -> Any:
         low, high = self.shuffle(vector, vector, [0, 1, 2, 3]), self.shuffle(vector, vector, [4, 5, 6, 7])
@@ -169,7 +169,7 @@ def _tile(emit: _Emit, args: Any, rows: int, tokens: int, chunks: int, halves: i
         at = emit.times(i, 32 * halves)
         lane_side_here, scalar_side_here = emit.at(lane_side, at), emit.at(scalar_side, at)
         quads = [emit.load(lane_side_here, _V4F32, 32 * h) for h in range(halves)]
-        factors = emit.twice(quads[0]) if halves == 1 else emit.shuffle(*quads, list(range(8)))
+        factors = emit.twice(quads[0]) if halves == 1 else emit.shuffle(quads[0], quads[1], list(range(8)))
         sums, offsets = [], []
         for o in range(others):
             scalars = [emit.load(scalar_side_here, _F32, 32 * h + 4 * o) for h in range(halves)]
@@ -253,7 +253,7 @@ def quantize_tokens(start: int, stop: int, args: Any) -> None:
             inverse = np.float32(0)
             if largest > np.float32(1e-30) and poison == 0:
                 inverse = np.float32(32767) / largest
-            total = 0
+            total: Any = 0
             for t in range(i * block // 8, (i + 1) * block // 8):
                 at = base + t // 8 * stride + t % 8 * 2
                 for p in range(4):
@@ -316,8 +316,8 @@ def rows_kernel(chunks: int, halves: int) -> Any:
 
 @cpu_kernel(fastmath={"contract"})
 def dequantize_rows(start: int, stop: int, args: Any) -> None:
-    """Rows ``start`` to ``stop`` of the weight to float32 ``OUT (stop - start, K)``, whose first row is row ``TOKENS``."""
-    k, groups, first = args[K], args[GROUPS], args[TOKENS]
+    """Rows ``start`` to ``stop`` of the weight to float32 ``OUT (N, K)``."""
+    k, groups = args[K], args[GROUPS]
     words = numba.carray(pointer(args[QWEIGHT]), (args[ROWS], k // 8), np.uint32)
     zeros = numba.carray(pointer(args[ZEROS]), (args[ROWS], groups), np.uint8)
     out = numba.carray(pointer(args[OUT]), (args[ROWS], k), np.float32)
@@ -331,4 +331,4 @@ def dequantize_rows(start: int, stop: int, args: Any) -> None:
                 for p in range(4):
                     for h in range(2):
                         q = np.int32((word >> np.uint32(4 * p + 16 * h)) & np.uint32(15))
-                        out[n - first, 8 * t + 2 * p + h] = np.float32(q - zero) * scale
+                        out[n, 8 * t + 2 * p + h] = np.float32(q - zero) * scale

@@ -64,8 +64,8 @@ class AwqLinear(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-        self._register_state_dict_hook(_to_checkpoint_layout)
-        self._register_load_state_dict_pre_hook(self._from_checkpoint_layout)
+        self._register_state_dict_hook(_to_checkpoint_layout)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(self._from_checkpoint_layout)  # type: ignore[no-untyped-call]
 
     @property
     def prepared(self) -> bool:
@@ -104,15 +104,15 @@ class AwqLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AwqLinear:
         name = "group_scales" if self.prepared else "scales"
-        exact = self._buffers[name]
-        super()._apply(fn, recurse)
-        moved = self._buffers[name]
+        exact = self.get_buffer(name)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.get_buffer(name)
         if moved.dtype != torch.float16 and exact.device.type != "meta":
             self._buffers[name] = exact.to(moved.device)  # moved, but not cast
         return self
 
     def _from_checkpoint_layout(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """``load_state_dict`` into a prepared layer: its buffers have other names, so the tensors are taken over here."""
+        """``load_state_dict`` into a prepared layer, whose buffers have other names: it takes the tensors itself."""
         if not self.prepared or not all(prefix + name in state for name in _CHECKPOINT_NAMES):
             return
         taken = [state.pop(prefix + name).to(self.words.device) for name in _CHECKPOINT_NAMES]

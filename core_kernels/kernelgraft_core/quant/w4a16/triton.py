@@ -73,19 +73,15 @@ def _fused_linear(
 ) -> Tensor:
     tokens, rows, k = x.shape[0], *_shape(qweight)
     out = x.new_empty((tokens, rows))
-    fixed = {
-        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
-        **_layout(qweight, scales, config.block_k), "PACKED": _is_packed(scales, zeros),
-        "EVEN_K": k % config.step == 0, "STAGES": config.stages, "INTERPRETED": INTERPRETED,
-        "num_warps": config.warps, "num_stages": config.stages,
-    }  # fmt: skip
+    fixed = constants(config, rows, k, scales.shape[1], _is_packed(scales, zeros)) | {"HAS_BIAS": bias is not None}
+    launch = {"num_warps": config.warps, "num_stages": config.stages}
     row_words = k // 8 // fixed["ALIGN"]
     strides = (*scales.stride(), *zeros.stride())
     if config.kernel == "slice_k":
         slice_k_kernel[triton.cdiv(rows, config.block_n),](
             x, qweight, scales, zeros, x if bias is None else bias, out,
             tokens, rows, k, row_words, MAGIC[x.dtype], *strides,
-            SLICES=config.warps, HAS_BIAS=bias is not None, **fixed,
+            **fixed, **launch,
         )  # fmt: skip
         return out
     splits = config.splits
@@ -95,7 +91,7 @@ def _fused_linear(
     gemm_kernel[tiles, splits](
         x, qweight, scales, zeros, x if bias is None else bias, target,
         tokens, rows, k, row_words, k_split, MAGIC[x.dtype], *strides,
-        SPLITS=splits, HAS_BIAS=bias is not None, **fixed,
+        **fixed, **launch,
     )  # fmt: skip
     if splits > 1:
         block = 1024
@@ -144,7 +140,7 @@ def _dequantize(qweight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dty
     out = torch.empty((rows, end - begin), dtype=dtype, device=qweight.device)
     if out.numel() == 0:
         return out
-    layout = _layout(qweight, scales, DEQUANTIZE_COLUMNS)
+    layout = _layout(k, scales.shape[1], DEQUANTIZE_COLUMNS)
     dequantize_kernel[triton.cdiv(rows, DEQUANTIZE_ROWS), triton.cdiv(end - begin, DEQUANTIZE_COLUMNS)](
         qweight, scales, zeros, out, rows, end - begin, begin, k, k // 8 // layout["ALIGN"],
         *scales.stride(), *zeros.stride(), BN=DEQUANTIZE_ROWS, BK=DEQUANTIZE_COLUMNS, **layout, num_warps=4,
@@ -161,10 +157,24 @@ def _block(size: int, unit_bytes: int, multiple: int) -> int:
     return min(size, max(multiple, SCRATCH_BYTES // max(unit_bytes, 1) // multiple * multiple))
 
 
-def _layout(qweight: Tensor, scales: Tensor, block_k: int) -> dict[str, int]:
+def constants(config: Config, rows: int, k: int, groups: int, packed: bool) -> dict[str, int | bool]:
+    """The constant arguments, but HAS_BIAS, of the kernel that runs a ``slice_k`` or ``gemm`` configuration.
+
+    Args:
+        rows, k: shape of the weight.
+        groups: scales of a row.
+        packed: whether scales and zeros may be read several rows at once.
+    """
+    kind = {"SLICES": config.warps} if config.kernel == "slice_k" else {"SPLITS": config.splits}
+    return kind | _layout(k, groups, config.block_k) | {
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "STAGES": config.stages,
+        "EVEN_K": k % config.step == 0, "PACKED": packed and rows % 4 == 0, "INTERPRETED": INTERPRETED,
+    }  # fmt: skip
+
+
+def _layout(k: int, groups: int, block_k: int) -> dict[str, int]:
     """What the kernels know of a weight when they are compiled; see :mod:`.triton_kernels`."""
-    words, groups = qweight.shape[1], scales.shape[1]
-    group = words * 8 // groups
+    words, group = k // 8, k // groups
     if groups == 1 or group % block_k == 0:
         per_block = 1
     elif block_k % group == 0:

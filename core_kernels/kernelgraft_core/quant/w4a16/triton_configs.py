@@ -7,7 +7,7 @@ numbers and instruction counts read from SASS. A measured plan overrides it.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -121,9 +121,7 @@ def candidates(arch: int, m: int, n: int, k: int, group: int) -> tuple[Config, .
             steps = -(-k // tile.block_k)
             for splits in SPLITS if m <= MAX_SPLIT_TOKENS else (1,):
                 if splits == 1 or steps >= 8 * splits:
-                    found.append(
-                        Config("gemm", tile.block_m, tile.block_n, tile.block_k, splits, tile.warps, tile.stages)
-                    )
+                    found.append(replace(tile, splits=splits))
     if m > 128:
         found.append(DEQUANTIZE)
     return tuple(found)

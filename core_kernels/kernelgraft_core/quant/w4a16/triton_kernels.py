@@ -39,6 +39,55 @@ def _spread(parameter, ROWS: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
+def _group_index(
+    slot, k, k_size,
+    RUNS: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The groups ``(len(slot) or 1, GROUPS)`` that tile rows ``slot`` meet; see :func:`_load_groups`."""
+    step = tl.arange(0, GROUPS) * (BK // GROUPS)
+    if GROUP == 0:
+        index = tl.zeros((1, GROUPS), tl.int32)
+    elif RUNS == 1:
+        index = (tl.minimum(k + step, k_size - 1) // GROUP)[None, :]
+    else:
+        index = tl.minimum(k + (slot // RUN * BK)[:, None] + step[None, :], k_size - 1) // GROUP
+    return index
+
+
+@triton.jit
+def _load_groups(
+    scales, zeros, row, rows, k, k_size, scale_row, scale_group, zero_row, zero_group,
+    ROWS: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Scales (float16 bits) and zeros that a tile of ROWS x BK meets, both int32 ``(ROWS, GROUPS)``.
+
+    Every RUN rows of the tile are the rows from ``row`` on again, one BK further along K. PACKED matters because only
+    loads of 32 bits and more can be prefetched into shared memory.
+    """
+    if PACKED:
+        slot = tl.arange(0, ROWS // 2) * 2
+        index = _group_index(slot, k, k_size, ROWS // RUN, RUN, BK, GROUP, GROUPS)
+        n = tl.minimum(row + slot % RUN, rows - 2)
+        words = tl.load((scales + n[:, None] + index * scale_group).to(tl.pointer_type(tl.int32), bitcast=True))
+        s = ((words[:, None, :] >> (tl.arange(0, 2) * 16)[None, :, None]) & 0xFFFF).reshape(ROWS, GROUPS)
+
+        slot = tl.arange(0, ROWS // 4) * 4
+        index = _group_index(slot, k, k_size, ROWS // RUN, RUN, BK, GROUP, GROUPS)
+        n = tl.minimum(row + slot % RUN, rows - 4)
+        words = tl.load((zeros + n[:, None] + index * zero_group).to(tl.pointer_type(tl.int32), bitcast=True))
+        z = ((words[:, None, :] >> (tl.arange(0, 4) * 8)[None, :, None]) & 0xFF).reshape(ROWS, GROUPS)
+    else:
+        slot = tl.arange(0, ROWS)
+        index = _group_index(slot, k, k_size, ROWS // RUN, RUN, BK, GROUP, GROUPS)
+        n = tl.minimum(row + slot % RUN, rows - 1)
+        scale = tl.load(scales + (n * scale_row)[:, None] + index * scale_group)
+        s = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        z = tl.load(zeros + (n * zero_row)[:, None] + index * zero_group).to(tl.int32)
+    return s, z
+
+
+@triton.jit
 def _weights(
     words, s, z, magic,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr,

@@ -1,0 +1,165 @@
+"""Every W4A16 kernel that the heuristic can pick, compiled for four architectures: what decides its speed is there.
+
+A limit that a kernel does not meet stands in SHORTFALLS with the value measured and the reason; a kernel that got worse
+than that, or one that meets the limit after all, fails.
+"""
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from kernelgraft_core.quant.w4a16 import triton as w4a16
+from kernelgraft_core.quant.w4a16 import triton_kernels
+from kernelgraft_core.quant.w4a16.triton_configs import ARCHITECTURES, Config, list_selectable
+from kernelgraft_core.runtime.aot import AotReport, markdown, report
+
+ARCHS = (80, 89, 90, 100)
+POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+LATENCY = 0.8e-6  # seconds from a load to its data under load; guess
+
+
+class Gate(NamedTuple):
+    """What was measured, and the limit it must not exceed."""
+
+    measured: float
+    limit: float
+
+
+# (arch, kernel, BM, BN): {gate: (value measured, why)}
+SHORTFALLS: dict[tuple[int, str, int, int], dict[str, tuple[float, str]]] = {}
+
+
+@functools.cache
+def compiled(
+    arch: int, config: Config, dtype=torch.float16, group=128, rows=4096, k=4096, packed=True, bias=False
+) -> AotReport:
+    groups = k // group
+    tokens = config.block_m
+    constants = w4a16.constants(config, rows, k, groups, packed) | {"HAS_BIAS": bias}
+    out = POINTER[torch.float32 if config.splits > 1 else dtype]
+    arguments = {
+        "x": POINTER[dtype], "qweight": "*i32", "scales": "*fp16", "zeros": "*u8", "bias": POINTER[dtype], "out": out,
+        "tokens": tokens, "rows": rows, "k_size": k, "row_words": k // 8 // constants["ALIGN"],
+        "k_split": -(-k // config.block_k // config.splits) * config.block_k, "magic": w4a16.MAGIC[dtype],
+    }  # fmt: skip
+    by_rows = {"scale_row": 1, "scale_group": rows, "zero_row": 1, "zero_group": rows}
+    by_groups = {"scale_row": groups, "scale_group": 1, "zero_row": groups, "zero_group": 1}
+    arguments |= by_rows if packed else by_groups
+    kernel = triton_kernels.slice_k_kernel if config.kernel == "slice_k" else triton_kernels.gemm_kernel
+    return report(kernel, arguments, constants, arch, warps=config.warps, stages=config.stages)
+
+
+def gates(arch: int, config: Config, found: AotReport) -> dict[str, Gate]:
+    """The limits of a kernel's main loop. Cycles are those of one step on one multiprocessor."""
+    gpu = ARCHITECTURES[arch]
+    tensor = config.block_m * config.block_n * config.step / gpu.macs
+    alu = found.count("LOP3", "SHF", "PRMT", "IADD3", "VIADD") * config.warps * 2 / 4
+    issue = sum(found.loop.values()) * config.warps / 4
+    checked = {
+        "tiles missing in flight": Gate(3 - min(found.buffers), 0),
+        "programs missing on a multiprocessor": Gate(2 - found.resident, 0),
+    }
+    if config.kernel == "slice_k":
+        weights = config.block_n * config.step // 2 * (config.stages - 1) * found.resident
+        needed = gpu.memory * 1e9 * LATENCY / gpu.multiprocessors
+        checked["bytes needed per byte in flight"] = Gate(needed / weights, 1)
+        # What unpacks the weights must keep up with memory: cycles of arithmetic per cycle of loading.
+        loading = config.block_n * config.step / 2 / (gpu.memory / gpu.clock / gpu.multiprocessors)
+        checked["issue cycles per memory cycle"] = Gate(issue / loading, 1)
+    elif config.block_m >= 128:  # below, memory is the bound, or nothing is
+        checked["ALU cycles per tensor cycle"] = Gate(alu / tensor, 0.5)
+        checked["issue cycles per tensor cycle"] = Gate(issue / tensor, 1)
+    return checked
+
+
+def name(config: Config) -> str:
+    return f"{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}-w{config.warps}"
+
+
+SELECTABLE = [
+    pytest.param(arch, config, id=f"sm{arch}-{name(config)}") for arch in ARCHS for config in list_selectable(arch)
+]
+
+
+def check_sound(arch: int, config: Config, found: AotReport) -> None:
+    """What no kernel may lack, whatever the shape."""
+    assert (found.stack, found.local) == (0, 0), "registers spill"
+    assert found.launchable, f"{found.shared} bytes of shared memory do not fit"
+    if config.kernel == "gemm" and arch in (90, 100):
+        wanted = {90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+        assert any(wanted in instruction for instruction in found.matrix), found.matrix
+        assert not any("mma.sync" in instruction for instruction in found.matrix), found.matrix
+    else:
+        assert any("mma.sync" in instruction for instruction in found.matrix), found.matrix
+
+
+@pytest.mark.parametrize(("arch", "config"), SELECTABLE)
+def test_meets_the_limits_of_its_main_loop(arch, config):
+    found = compiled(arch, config)
+    check_sound(arch, config, found)
+    assert found.waits, "the loop waits for the copies it has just started"
+    assert found.count("LDG") == 0, "a load of the loop is not prefetched"
+    assert any(opcode.startswith("LDGSTS") and ".128" in opcode for opcode in found.loop), "no 16-byte copies"
+    if arch != 100:
+        assert found.count("PRMT") <= 4, "weights are permuted on their way out of a word"
+    if config.kernel == "gemm" and arch == 90:
+        assert found.register_operand, "weights go through shared memory"
+        assert found.count("STS") == 0
+        assert found.count("BAR") <= 3
+    known = SHORTFALLS.get((arch, config.kernel, config.block_m, config.block_n), {})
+    for gate, (measured, limit) in gates(arch, config, found).items():
+        if gate not in known:
+            assert measured <= limit, gate
+            continue
+        recorded, reason = known[gate]
+        assert limit < measured <= recorded * 1.05, f"{gate}: recorded as {recorded} because {reason}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "config"), SELECTABLE)
+@pytest.mark.parametrize("group", [32, 64, 4096, 96])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_neither_spills_nor_loses_its_tensor_cores_in_any_variant(arch, config, group, dtype):
+    k = 4096 if group != 96 else 4128
+    check_sound(arch, config, compiled(arch, config, dtype, group, k=k))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "config"), SELECTABLE)
+def test_odd_shapes_compile_without_spills(arch, config):
+    check_sound(arch, config, compiled(arch, config, group=24, rows=37, k=312, packed=False, bias=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("group", [0, 32, 128])
+def test_dequantize_stores_sixteen_bytes_at_a_time(arch, group):
+    k = 4096
+    groups = k // group if group else 1
+    layout = w4a16._layout(k, groups, w4a16.DEQUANTIZE_COLUMNS)
+    arguments = {
+        "qweight": "*i32", "scales": "*fp16", "zeros": "*u8", "out": "*fp16", "rows": k, "columns": k, "k_begin": 0,
+        "k_size": k, "row_words": k // 8 // layout["ALIGN"],
+        "scale_row": 1, "scale_group": k, "zero_row": 1, "zero_group": k,
+    }  # fmt: skip
+    constants = layout | {"BN": w4a16.DEQUANTIZE_ROWS, "BK": w4a16.DEQUANTIZE_COLUMNS}
+    found = report(triton_kernels.dequantize_kernel, arguments, constants, arch, warps=4, stages=3)
+    assert (found.stack, found.local) == (0, 0)
+    assert found.launchable
+    assert found.resident >= 8  # nothing but warps hides the latency of memory here
+    assert {opcode for opcode in found.loop if opcode.startswith("STG")} == {"STG.E.128"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_summing_splits_reads_sixteen_bytes_at_a_time(arch):
+    arguments = {"workspace": "*fp32", "bias": "*fp16", "out": "*fp16", "size": 1 << 16, "rows": 4096}
+    constants = {"SPLITS": 4, "BLOCK": 1024, "HAS_BIAS": False}
+    found = report(triton_kernels.sum_splits_kernel, arguments, constants, arch, warps=4, stages=3)
+    assert (found.stack, found.local) == (0, 0)
+    assert found.loop["LDG.E.128"] >= 4
+
+
+def test_the_table_for_the_documentation_names_what_matters():
+    table = markdown([compiled(90, list_selectable(90)[0])])
+    assert "| slice_k_kernel | sm_90 |" in table
+    assert "m16n8k16" in table
