@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from kernelgraft_core.quant.w4a16 import triton as w4a16
 from kernelgraft_core.quant.w4a16 import triton_kernels
 from kernelgraft_core.quant.w4a16.triton_configs import ARCHITECTURES, Config, list_selectable
@@ -26,8 +27,31 @@ class Gate(NamedTuple):
     limit: float
 
 
-# (arch, kernel, BM, BN): {gate: (value measured, why)}
-SHORTFALLS: dict[tuple[int, str, int, int], dict[str, tuple[float, str]]] = {}
+TWO_BUFFERS = "99 KB of shared memory hold two programs only so; a step takes 2,048 tensor cycles, longer than memory"
+ONE_PROGRAM = "two warpgroups with 128 x 128 sums each fill the registers; they share no barrier but the buffers'"
+SHORT_STEP = "64 columns per warp make the loop's own instructions weigh; used for K below 1,024, bound by launching"
+FAST_MEMORY = "HBM3e brings 29 bytes of weights per clock and multiprocessor, Hopper 14, and unpacking costs the same"
+FAST_TENSOR = "tcgen05 multiplies twice as fast as wgmma and unpacking costs the same; dequantize takes over earlier"
+
+# (arch, configuration): {gate: (value measured, why)}
+SHORTFALLS: dict[tuple[int, str], dict[str, tuple[float, str]]] = {
+    (89, "gemm-128x128x64-w4"): {"tiles missing in flight": (1, TWO_BUFFERS)},
+    (90, "gemm-128x256x64-w8"): {"programs missing on a multiprocessor": (1, ONE_PROGRAM)},
+    (90, "slice_k-8x16x64-w4"): {"issue cycles per memory cycle": (1.04, SHORT_STEP)},
+    (90, "slice_k-16x16x64-w4"): {"issue cycles per memory cycle": (1.13, SHORT_STEP)},
+    (100, "slice_k-8x16x128-w8"): {"issue cycles per memory cycle": (1.41, FAST_MEMORY)},
+    (100, "slice_k-8x16x64-w4"): {"issue cycles per memory cycle": (2.07, FAST_MEMORY)},
+    (100, "slice_k-8x32x64-w8"): {"issue cycles per memory cycle": (1.58, FAST_MEMORY)},
+    (100, "slice_k-16x16x64-w4"): {
+        "bytes needed per byte in flight": (1.01, FAST_MEMORY),
+        "issue cycles per memory cycle": (2.2, FAST_MEMORY),
+    },
+    (100, "slice_k-16x32x64-w8"): {"issue cycles per memory cycle": (1.63, FAST_MEMORY)},
+    (100, "gemm-128x128x64-w8"): {
+        "ALU cycles per tensor cycle": (0.91, FAST_TENSOR),
+        "issue cycles per tensor cycle": (2.5, FAST_TENSOR),
+    },
+}
 
 
 @functools.cache
@@ -56,18 +80,17 @@ def gates(arch: int, config: Config, found: AotReport) -> dict[str, Gate]:
     tensor = config.block_m * config.block_n * config.step / gpu.macs
     alu = found.count("LOP3", "SHF", "PRMT", "IADD3", "VIADD") * config.warps * 2 / 4
     issue = sum(found.loop.values()) * config.warps / 4
-    checked = {
-        "tiles missing in flight": Gate(3 - min(found.buffers), 0),
-        "programs missing on a multiprocessor": Gate(2 - found.resident, 0),
-    }
-    if config.kernel == "slice_k":
+    checked = {"tiles missing in flight": Gate(3 - min(found.buffers), 0)}
+    if config.kernel == "slice_k":  # bytes in flight hide latency here, one program's or several's
         weights = config.block_n * config.step // 2 * (config.stages - 1) * found.resident
         needed = gpu.memory * 1e9 * LATENCY / gpu.multiprocessors
         checked["bytes needed per byte in flight"] = Gate(needed / weights, 1)
         # What unpacks the weights must keep up with memory: cycles of arithmetic per cycle of loading.
         loading = config.block_n * config.step / 2 / (gpu.memory / gpu.clock / gpu.multiprocessors)
         checked["issue cycles per memory cycle"] = Gate(issue / loading, 1)
-    elif config.block_m >= 128:  # below, memory is the bound, or nothing is
+    else:
+        checked["programs missing on a multiprocessor"] = Gate(2 - found.resident, 0)
+    if config.block_m >= 128:  # below, memory is the bound, or nothing is
         checked["ALU cycles per tensor cycle"] = Gate(alu / tensor, 0.5)
         checked["issue cycles per tensor cycle"] = Gate(issue / tensor, 1)
     return checked
@@ -107,13 +130,13 @@ def test_meets_the_limits_of_its_main_loop(arch, config):
         assert found.register_operand, "weights go through shared memory"
         assert found.count("STS") == 0
         assert found.count("BAR") <= 3
-    known = SHORTFALLS.get((arch, config.kernel, config.block_m, config.block_n), {})
+    known = SHORTFALLS.get((arch, name(config)), {})
     for gate, (measured, limit) in gates(arch, config, found).items():
-        if gate not in known:
+        if gate in known:
+            recorded, reason = known[gate]
+            assert limit < measured <= recorded * 1.05, f"{gate}: recorded as {recorded} because {reason}"
+        else:
             assert measured <= limit, gate
-            continue
-        recorded, reason = known[gate]
-        assert limit < measured <= recorded * 1.05, f"{gate}: recorded as {recorded} because {reason}"
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ def search_grid(groups: Tensor, moments: Tensor, *, steps: int = 10, max_shrink:
     """The grid of every group of weights that changes the layer's output least.
 
     AWQ shrinks a group's range symmetrically, ``steps`` times by up to ``max_shrink``, and keeps the best by the
-    squared error of the group's contribution to the output. Here that error is exact over all calibration tokens, because it
-    needs only their second moments, and the search goes on to shrink either end alone from the best symmetric range.
+    squared error of the group's contribution to the output. Here that error is exact over all calibration tokens,
+    because it needs only their second moments, and the search goes on to shrink either end alone from the best
+    symmetric range.
 
     Args:
         groups: ``(N, G, g)`` weights.

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,12 +98,17 @@ def _say_once(message: str) -> None:
 
 def _block_shape(weight: W4A16Weight) -> tuple[int, int] | None:
     """Chunks of 64 per activation block and blocks per chunk; None where the integer kernel cannot run."""
-    size = weight.group_size
-    if size == 32 and weight.in_features % 64 == 0:
+    k = weight.qweight.shape[1] * 8
+    return _chunks_and_halves(k // weight.scales.shape[1], k)
+
+
+@functools.cache
+def _chunks_and_halves(group_size: int, k: int) -> tuple[int, int] | None:
+    if group_size == 32 and k % 64 == 0:
         return 1, 2
-    if size % 64:
+    if group_size % 64:
         return None
-    return next(c for c in (4, 3, 2, 1) if size // 64 % c == 0), 1
+    return next(c for c in (4, 3, 2, 1) if group_size // 64 % c == 0), 1
 
 
 @functools.cache
@@ -112,22 +118,49 @@ def _rows_kernel(chunks: int, halves: int) -> Any:
     return rows_kernel(chunks, halves)
 
 
-def _integer_linear(x: Tensor, weight: W4A16Weight) -> Tensor:
-    from . import cpu_kernel as kernel
+@dataclass(frozen=True)
+class _Launch:
+    """What a call of the integer kernel needs beside its pointers; worked out once per shape."""
 
-    chunks, halves = _block_shape(weight) or (1, 1)
-    (tokens, k), n = x.shape, weight.out_features
+    kernel: int
+    quantize: int
+    sizes: tuple[int, ...]
+    scales_at: int
+    scratch: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(tokens: int, n: int, k: int, groups: int) -> _Launch:
+    from . import cpu_kernel
+
+    chunks, halves = _chunks_and_halves(k // groups, k) or (1, 1)
     blocks = k * halves // (64 * chunks)
+    integers, scales = 2 * tokens * k, 32 * ((tokens + 3) // 4) * blocks
+    return _Launch(
+        _rows_kernel(chunks, halves).address,
+        cpu_kernel.quantize_tokens.address,
+        (tokens, n, k, groups, blocks),
+        integers,
+        integers + scales,
+    )
+
+
+_Arguments = ctypes.c_int64 * 12
+
+
+def _integer_linear(x: Tensor, weight: W4A16Weight) -> Tensor:
+    (tokens, k), n = x.shape, weight.qweight.shape[0]
+    launch = _launch(tokens, n, k, weight.scales.shape[1])
     x = x.to(torch.float32).contiguous()
-    integers = torch.empty(tokens, k, dtype=torch.int16)
-    scales = torch.empty((tokens + 3) // 4, blocks, 2, 4)
+    scratch = torch.empty(launch.scratch, dtype=torch.uint8)
     out = torch.empty(tokens, n)
-    args = (ctypes.c_int64 * kernel.ARGUMENTS)(
-        tokens, n, k, weight.scales.shape[1], blocks, x.data_ptr(), integers.data_ptr(), scales.data_ptr(),
-        weight.qweight.data_ptr(), weight.scales.data_ptr(), weight.zeros.data_ptr(), out.data_ptr(),
+    integers = scratch.data_ptr()
+    args = _Arguments(
+        *launch.sizes, x.data_ptr(), integers, integers + launch.scales_at, weight.qweight.data_ptr(),
+        weight.scales.data_ptr(), weight.zeros.data_ptr(), out.data_ptr(),
     )  # fmt: skip
-    parallel_for(kernel.quantize_tokens.address, args, tokens, grain=4)
-    parallel_for(_rows_kernel(chunks, halves).address, args, (n + 3) // 4, grain=kernel.PANEL // 4)
+    parallel_for(launch.quantize, args, tokens, grain=4)
+    parallel_for(launch.kernel, args, (n + 3) // 4, grain=8)
     return out
 
 
@@ -144,7 +177,7 @@ def _dequantize_block(weight: W4A16Weight, first: int, last: int, dtype: torch.d
     from . import cpu_kernel as kernel
 
     out = torch.empty(last - first, weight.in_features)
-    args = (ctypes.c_int64 * kernel.ARGUMENTS)(
+    args = _Arguments(
         0, last - first, weight.in_features, weight.scales.shape[1], 0, 0, 0, 0, weight.qweight[first:].data_ptr(),
         weight.scales[first:].data_ptr(), weight.zeros[first:].data_ptr(), out.data_ptr(),
     )  # fmt: skip

@@ -39,19 +39,17 @@ def _spread(parameter, ROWS: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
-def _group_index(
+def _group_at(
     slot, k, k_size,
-    RUNS: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The groups ``(len(slot) or 1, GROUPS)`` that tile rows ``slot`` meet; see :func:`_load_groups`."""
-    step = tl.arange(0, GROUPS) * (BK // GROUPS)
+    """The group that tile row ``slot % ROWS`` meets as its ``slot // ROWS``-th; see :func:`_load_groups`."""
     if GROUP == 0:
-        index = tl.zeros((1, GROUPS), tl.int32)
-    elif RUNS == 1:
-        index = (tl.minimum(k + step, k_size - 1) // GROUP)[None, :]
+        group = slot * 0
     else:
-        index = tl.minimum(k + (slot // RUN * BK)[:, None] + step[None, :], k_size - 1) // GROUP
-    return index
+        column = k + slot % ROWS // RUN * BK + slot // ROWS * (BK // GROUPS)
+        group = tl.minimum(column, k_size - 1) // GROUP
+    return group
 
 
 @triton.jit
@@ -63,27 +61,33 @@ def _load_groups(
     """Scales (float16 bits) and zeros that a tile of ROWS x BK meets, both int32 ``(ROWS, GROUPS)``.
 
     Every RUN rows of the tile are the rows from ``row`` on again, one BK further along K. PACKED matters because only
-    loads of 32 bits and more can be prefetched into shared memory.
+    loads of 32 bits and more can be prefetched into shared memory; flat blocks, because every thread then takes a part
+    of them (Triton 3.6 gives a block ``(ROWS, 1)`` to each thread in full).
     """
     if PACKED:
-        slot = tl.arange(0, ROWS // 2) * 2
-        index = _group_index(slot, k, k_size, ROWS // RUN, RUN, BK, GROUP, GROUPS)
+        slot = tl.arange(0, ROWS * GROUPS // 2) * 2
+        group = _group_at(slot, k, k_size, ROWS, RUN, BK, GROUP, GROUPS)
         n = tl.minimum(row + slot % RUN, rows - 2)
-        words = tl.load((scales + n[:, None] + index * scale_group).to(tl.pointer_type(tl.int32), bitcast=True))
-        s = ((words[:, None, :] >> (tl.arange(0, 2) * 16)[None, :, None]) & 0xFFFF).reshape(ROWS, GROUPS)
+        words = tl.load((scales + n + group * scale_group).to(tl.pointer_type(tl.int32), bitcast=True))
+        s = (words[:, None] >> (tl.arange(0, 2) * 16)[None, :]) & 0xFFFF
 
-        slot = tl.arange(0, ROWS // 4) * 4
-        index = _group_index(slot, k, k_size, ROWS // RUN, RUN, BK, GROUP, GROUPS)
+        slot = tl.arange(0, ROWS * GROUPS // 4) * 4
+        group = _group_at(slot, k, k_size, ROWS, RUN, BK, GROUP, GROUPS)
         n = tl.minimum(row + slot % RUN, rows - 4)
-        words = tl.load((zeros + n[:, None] + index * zero_group).to(tl.pointer_type(tl.int32), bitcast=True))
-        z = ((words[:, None, :] >> (tl.arange(0, 4) * 8)[None, :, None]) & 0xFF).reshape(ROWS, GROUPS)
+        words = tl.load((zeros + n + group * zero_group).to(tl.pointer_type(tl.int32), bitcast=True))
+        z = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 0xFF
     else:
-        slot = tl.arange(0, ROWS)
-        index = _group_index(slot, k, k_size, ROWS // RUN, RUN, BK, GROUP, GROUPS)
+        slot = tl.arange(0, ROWS * GROUPS)
+        group = _group_at(slot, k, k_size, ROWS, RUN, BK, GROUP, GROUPS)
         n = tl.minimum(row + slot % RUN, rows - 1)
-        scale = tl.load(scales + (n * scale_row)[:, None] + index * scale_group)
-        s = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        z = tl.load(zeros + (n * zero_row)[:, None] + index * zero_group).to(tl.int32)
+        s = tl.load(scales + n * scale_row + group * scale_group).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        z = tl.load(zeros + n * zero_row + group * zero_group).to(tl.int32)
+    if GROUPS == 1:
+        s = s.reshape(ROWS, 1)
+        z = z.reshape(ROWS, 1)
+    else:
+        s = s.reshape(GROUPS, ROWS).T
+        z = z.reshape(GROUPS, ROWS).T
     return s, z
 
 

@@ -1,0 +1,66 @@
+"""The choice among the W4A16 GPU kernels: always a candidate, sensible at both ends, and a stored plan's first."""
+
+import pytest
+import torch
+
+from kernelgraft_core.quant.w4a16 import triton_configs
+from kernelgraft_core.quant.w4a16.triton_configs import (
+    ARCHITECTURES,
+    DEQUANTIZE,
+    architecture,
+    candidates,
+    choose_config,
+    estimate,
+    heuristic,
+    list_selectable,
+)
+from kernelgraft_core.runtime.plans import PlanStore
+
+TOKENS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 100, 129, 256, 1000, 4096, 50_000)
+LAYERS = ((4096, 4096, 128), (37, 8, 8), (576, 1536, 64), (128_256, 4096, 4096))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("n", "k", "group"), LAYERS)
+def test_every_shape_has_a_choice_that_is_compiled_ahead_of_time(arch, n, k, group):
+    tiles = {(c.kernel, c.block_m, c.block_n, c.block_k, c.warps, c.stages) for c in list_selectable(arch)}
+    for m in TOKENS:
+        config = heuristic(arch, m, n, k, group)
+        assert config in candidates(arch, m, n, k, group)
+        tile = (config.kernel, config.block_m, config.block_n, config.block_k, config.warps, config.stages)
+        assert config == DEQUANTIZE or tile in tiles
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_one_token_streams_the_weights_and_very_many_leave_the_product_to_cublas(arch):
+    assert heuristic(arch, 1, 4096, 4096, 128).kernel == "slice_k"
+    assert heuristic(arch, 32, 4096, 4096, 128).kernel == "gemm"
+    assert heuristic(arch, 1 << 15, 4096, 4096, 128) == DEQUANTIZE
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_is_estimated_to_beat_the_memory_it_must_read(arch):
+    n = k = 8192
+    floor = n * k / 2 / (ARCHITECTURES[arch].memory * 1e3)
+    for m in TOKENS:
+        assert all(estimate(arch, c, m, n, k, 128) > floor for c in candidates(arch, m, n, k, 128))
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((7, 5), None), ((8, 0), 80), ((8, 6), 89), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100), ((12, 0), 89)],
+)
+def test_every_supported_gpu_has_an_architecture(capability, arch):
+    assert architecture(capability) == arch
+
+
+def test_a_stored_plan_wins_and_a_foreign_one_is_ignored(tmp_path, monkeypatch):
+    store = PlanStore(tmp_path, presets=tmp_path)
+    monkeypatch.setattr(triton_configs, "PLANS", store)
+    shape = (16, 4096, 4096, 128)
+    default = choose_config(90, "sm_90", torch.float16, *shape)
+    other = next(c for c in candidates(90, *shape) if c != default)
+    monkeypatch.setattr(store, "lookup", lambda *_: triton_configs.asdict(other))
+    assert choose_config(90, "sm_90", torch.float16, *shape) == other
+    monkeypatch.setattr(store, "lookup", lambda *_: triton_configs.asdict(other) | {"block_n": 48})
+    assert choose_config(90, "sm_90", torch.float16, *shape) == default
