@@ -18,19 +18,16 @@ class ScaleGroup:
 
     Attributes:
         source: the norm or linear layer that produces the activations; its output channels are divided by the scales.
+            None where no layer can take them: such a group is rounded without scales.
         targets: the linear layers whose input channels are multiplied by them.
         inspect: the module whose output tells how good the scales are.
         per_token: the inspected module treats every token by itself, so that it can be judged on scattered tokens.
-        repeats: how many consecutive heads of the targets' input read one head of the source (grouped-query attention).
-        head_dim: width of such a head; only read where ``repeats`` is above 1.
     """
 
-    source: str
+    source: str | None
     targets: tuple[str, ...]
     inspect: str
     per_token: bool = True
-    repeats: int = 1
-    head_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,9 @@ class Architecture:
     def scale_groups(self, block: nn.Module) -> tuple[ScaleGroup, ...]:
         """The groups of one block, in the order in which they may be scaled."""
         value, output = linear_layer(block, "self_attn.v_proj"), linear_layer(block, "self_attn.o_proj")
-        head_dim = int(getattr(block.self_attn, "head_dim", value.out_features))
+        # With grouped-query attention several query heads read one value head. AWQ leaves such layers unscaled; scales
+        # shared by those heads were tried and made the quantized model worse (docs/quantization/awq.md).
+        value_source = "self_attn.v_proj" if value.out_features == output.in_features else None
         return (
             ScaleGroup(
                 "input_layernorm",
@@ -65,13 +64,7 @@ class Architecture:
                 "self_attn",
                 per_token=False,
             ),
-            ScaleGroup(
-                "self_attn.v_proj",
-                ("self_attn.o_proj",),
-                "self_attn.o_proj",
-                repeats=output.in_features // value.out_features,
-                head_dim=head_dim,
-            ),
+            ScaleGroup(value_source, ("self_attn.o_proj",), "self_attn.o_proj"),
             ScaleGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
             ScaleGroup("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
         )

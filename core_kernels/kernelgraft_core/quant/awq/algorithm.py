@@ -151,7 +151,7 @@ class _BlockQuantizer:
     def _scale(self, group: ScaleGroup, statistics: InputStatistics) -> ScaleChoice:
         """Search a group's scales and fold them into its source and its targets."""
         layers = [self._layers[name] for name in group.targets]
-        if not self._config.scale_points:
+        if not self._config.scale_points or group.source is None:
             return ScaleChoice.identity(statistics.mean_abs)
         probe = ModuleProbe(
             self._block, group.inspect, layers, self._inputs, self._config.search_tokens, per_token=group.per_token
@@ -163,12 +163,10 @@ class _BlockQuantizer:
             probe.error,
             group_size=self._config.group_size,
             points=self._config.scale_points,
-            repeats=group.repeats,
-            head_dim=group.head_dim,
         )
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = weight * choice.scales
-        fold_into_source(self._block.get_submodule(group.source), choice.scales, group.repeats, group.head_dim)
+        fold_into_source(self._block.get_submodule(group.source), choice.scales)
         return choice
 
 

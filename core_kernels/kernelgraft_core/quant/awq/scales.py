@@ -48,8 +48,6 @@ def search_scales(
     *,
     group_size: int,
     points: int = 20,
-    repeats: int = 1,
-    head_dim: int = 0,
 ) -> ScaleChoice:
     """Search ``s = a^r`` and ``s = a^r / b^(1 - r)`` on a grid of ``points`` values of ``r`` in [0, 1).
 
@@ -60,23 +58,18 @@ def search_scales(
         weights: ``(N_i, K)`` each, the layers that read these activations.
         mean_abs: ``(K,)``.
         objective: called with what the weights become, one ``(N_i, K)`` tensor each.
-        repeats, head_dim: heads of the source that are read several times must get one scale
-            (:class:`~kernelgraft_core.quant.architectures.ScaleGroup`).
 
     Returns:
         The best candidate; plain rounding wins ties.
     """
     plain_error = objective([fake_quantize(w, group_size) for w in weights])
-    activation = _share_heads(mean_abs, repeats, head_dim)
-    relative = _share_heads(_relative_magnitude(weights, group_size), repeats, head_dim)
+    relative = _relative_magnitude(weights, group_size)
     tried: dict[tuple[str, int], tuple[float, Tensor]] = {("identity", 0): (plain_error, torch.ones_like(mean_abs))}
 
     def attempt(form: str, point: int) -> None:
         if (form, point) not in tried and 0 <= point < points:
             r = point / points
-            scales = _centred(
-                activation.pow(r) if form == ACTIVATION else activation.pow(r) / (relative.pow(1 - r) + 1e-4)
-            )
+            scales = _centred(mean_abs.pow(r) if form == ACTIVATION else mean_abs.pow(r) / (relative.pow(1 - r) + 1e-4))
             tried[form, point] = objective([fake_quantize(w * scales, group_size) / scales for w in weights]), scales
 
     # Every other point of both forms, then the neighbours of the best: the curves are smooth, and this halves the work.
@@ -103,18 +96,8 @@ def _relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).flatten(1).mean(0)
 
 
-def _share_heads(channels: Tensor, repeats: int, head_dim: int) -> Tensor:
-    """Average over the query heads that read one key/value head."""
-    if repeats == 1:
-        return channels
-    heads = channels.view(-1, repeats, head_dim)
-    return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
-
-
-def fold_into_source(source: nn.Module, scales: Tensor, repeats: int, head_dim: int) -> None:
+def fold_into_source(source: nn.Module, scales: Tensor) -> None:
     """Divide the output channels of a norm or linear layer by ``scales`` ``(K,)``, in place."""
-    if repeats > 1:
-        scales = scales.view(-1, repeats, head_dim)[:, 0].reshape(-1)
     weight = source.weight
     assert isinstance(weight, Tensor)
     bias = getattr(source, "bias", None)

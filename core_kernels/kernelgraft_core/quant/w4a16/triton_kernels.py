@@ -39,20 +39,6 @@ def _spread(parameter, ROWS: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
-def _group_at(
-    slot, k, k_size,
-    ROWS: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """The group that tile row ``slot % ROWS`` meets as its ``slot // ROWS``-th; see :func:`_load_groups`."""
-    if GROUP == 0:
-        group = slot * 0
-    else:
-        column = k + slot % ROWS // RUN * BK + slot // ROWS * (BK // GROUPS)
-        group = tl.minimum(column, k_size - 1) // GROUP
-    return group
-
-
-@triton.jit
 def _load_groups(
     scales, zeros, row, rows, k, k_size, scale_row, scale_group, zero_row, zero_group,
     ROWS: tl.constexpr, RUN: tl.constexpr, BK: tl.constexpr,
@@ -60,26 +46,24 @@ def _load_groups(
 ):  # fmt: skip
     """Scales (float16 bits) and zeros that a tile of ROWS x BK meets, both int32 ``(ROWS, GROUPS)``.
 
-    Every RUN rows of the tile are the rows from ``row`` on again, one BK further along K. PACKED matters because only
-    loads of 32 bits and more can be prefetched into shared memory; flat blocks, because every thread then takes a part
-    of them (Triton 3.6 gives a block ``(ROWS, 1)`` to each thread in full).
+    Every RUN rows of the tile are the rows from ``row`` on again, one BK further along K.
     """
-    if PACKED:
-        slot = tl.arange(0, ROWS * GROUPS // 2) * 2
-        group = _group_at(slot, k, k_size, ROWS, RUN, BK, GROUP, GROUPS)
-        n = tl.minimum(row + slot % RUN, rows - 2)
-        words = tl.load((scales + n + group * scale_group).to(tl.pointer_type(tl.int32), bitcast=True))
-        s = (words[:, None] >> (tl.arange(0, 2) * 16)[None, :]) & 0xFFFF
-
-        slot = tl.arange(0, ROWS * GROUPS // 4) * 4
-        group = _group_at(slot, k, k_size, ROWS, RUN, BK, GROUP, GROUPS)
-        n = tl.minimum(row + slot % RUN, rows - 4)
-        words = tl.load((zeros + n + group * zero_group).to(tl.pointer_type(tl.int32), bitcast=True))
-        z = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 0xFF
+    slot = tl.arange(0, ROWS * GROUPS)
+    n = tl.minimum(row + slot % RUN, rows - 1)
+    if GROUP == 0:
+        group = 0
+    elif GROUPS == 1 and RUN == ROWS:
+        group = k // GROUP
     else:
-        slot = tl.arange(0, ROWS * GROUPS)
-        group = _group_at(slot, k, k_size, ROWS, RUN, BK, GROUP, GROUPS)
-        n = tl.minimum(row + slot % RUN, rows - 1)
+        group = tl.minimum(k + slot % ROWS // RUN * BK + slot // ROWS * (BK // GROUPS), k_size - 1) // GROUP
+    if PACKED:
+        # Every row reads the word that holds its scale, and the one that holds its zero: only loads of 32 bits and more
+        # are prefetched into shared memory. One word for several rows would have to change hands between threads.
+        scale_at = (scales + (n - n % 2) + group * scale_group).to(tl.pointer_type(tl.int32), bitcast=True)
+        zero_at = (zeros + (n - n % 4) + group * zero_group).to(tl.pointer_type(tl.int32), bitcast=True)
+        s = (tl.load(scale_at) >> (n % 2 * 16)) & 0xFFFF
+        z = (tl.load(zero_at) >> (n % 4 * 8)) & 0xFF
+    else:
         s = tl.load(scales + n * scale_row + group * scale_group).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         z = tl.load(zeros + n * zero_row + group * zero_group).to(tl.int32)
     if GROUPS == 1:
