@@ -6,6 +6,8 @@ its table is replaced, and put back when the plugin is unloaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from kernelgraft_core.quant.w4a16.linear import AwqLinear
 from kernelgraft_core.runtime.errors import CheckpointError
 from kernelgraft_core.runtime.patching import Patches
 
+from .checkpoint import check_awq_tensors, read_headers
+
 
 def graft(patches: Patches) -> None:
     """Make ``quant_method: "awq"`` load as :class:`AwqQuantizer`, recorded in ``patches``."""
@@ -27,8 +31,8 @@ class AwqQuantizer(HfQuantizer):
     """Replaces the linear layers of a model under construction by :class:`AwqLinear`.
 
     Raises:
-        CheckpointError: the checkpoint's ``quantization_config`` is one that the kernels do not run; the message gives
-            the key and the value.
+        CheckpointError: the checkpoint's ``quantization_config`` is one that the kernels do not run, or its tensors are
+            missing, truncated, not finite or not what that config says; the message gives the value or the layer.
     """
 
     requires_calibration = True
@@ -49,7 +53,13 @@ class AwqQuantizer(HfQuantizer):
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        # Transformers itself fills what is missing with noise, casts what has another dtype, and warns at most.
+        files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if files:
+            check_awq_tensors(read_headers(files), self.quantization_config.group_size, files[0].parent)
         skipped = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
@@ -79,6 +89,7 @@ class AwqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for name, module in model.named_modules():
             if isinstance(module, AwqLinear) and not module.prepared and module.qweight.device.type != "meta":
+                _check_loaded(name, module)
                 try:
                     module.prepare()
                 except ValueError as error:
@@ -95,6 +106,17 @@ class AwqQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_loaded(name: str, layer: AwqLinear) -> None:
+    # The flag is how Transformers itself tells what it has read from what it has made up.
+    if absent := [part for part, buffer in layer.named_buffers() if not getattr(buffer, "_is_hf_initialized", False)]:
+        raise CheckpointError(
+            f"{name}: the checkpoint has no {', '.join(absent)}; a layer that is stored unquantized must be listed in "
+            "modules_to_not_convert"
+        )
+    if not layer.scales.isfinite().all():
+        raise CheckpointError(f"{name}: scales in the checkpoint are not all finite")
 
 
 def _is_skipped(name: str, skipped: list[str]) -> bool:

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kernelgraft_core.quant.w4a16.weight import W4A16Weight
 from kernelgraft_core.runtime.errors import CheckpointError
 
 RECORD = "kernelgraft.json"
+INDEX = "model.safetensors.index.json"
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def write_awq(
         save_file({n: tensors[n].contiguous() for n in names}, directory / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["quantization_config"] = {
@@ -118,6 +120,20 @@ def _float_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+def load_model(name: str, dtype: torch.dtype | str) -> Any:
+    """``AutoModelForCausalLM.from_pretrained`` for inference, from a directory or a hub name.
+
+    Raises:
+        CheckpointError: a file is truncated; OSError: the model cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} holds a file that is not whole: {error}") from None
+
+
 def describe(directory: Path) -> dict[str, Any]:
     """What a model directory holds, from its files alone: no tensor is read.
 
@@ -132,24 +148,21 @@ def describe(directory: Path) -> dict[str, Any]:
     config = _read_json(directory / "config.json")
     record = _read_json(directory / RECORD) if (directory / RECORD).exists() else None
     files = sorted(directory.glob("*.safetensors"))
+    if (directory / INDEX).exists():
+        named = set(_read_json(directory / INDEX).get("weight_map", {}).values())
+        if absent := sorted(named - {file.name for file in files}):
+            raise CheckpointError(f"{directory / INDEX} names {', '.join(absent)}, which is not there")
     if not files:
         raise CheckpointError(f"{directory} holds no .safetensors file")
+    stored = read_headers(files)
     by_dtype: dict[str, dict[str, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    piece = handle.get_slice(name)
-                    shapes[name] = tuple(piece.get_shape())
-                    row = by_dtype.setdefault(piece.get_dtype(), {"tensors": 0, "elements": 0})
-                    row["tensors"] += 1
-                    row["elements"] += torch.Size(shapes[name]).numel()
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
+    for tensor in stored.values():
+        row = by_dtype.setdefault(tensor.dtype, {"tensors": 0, "elements": 0})
+        row["tensors"] += 1
+        row["elements"] += torch.Size(tensor.shape).numel()
     quantization = config.get("quantization_config")
     if quantization and quantization.get("quant_method") == "awq":
-        check_awq_shapes(shapes, quantization, directory)
+        check_awq_tensors(stored, quantization.get("group_size", quantization.get("q_group_size", 128)), directory)
     return {
         "path": str(directory),
         "model_type": config.get("model_type"),
@@ -157,31 +170,64 @@ def describe(directory: Path) -> dict[str, Any]:
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "quantization_config": quantization,
         "tensors": by_dtype,
-        "quantized_layers": sum(name.endswith(".qweight") for name in shapes),
+        "quantized_layers": sum(name.endswith(".qweight") for name in stored),
         "bytes": sum(file.stat().st_size for file in files),
         "record": record,
     }
 
 
-def check_awq_shapes(shapes: Mapping[str, tuple[int, ...]], quantization: Mapping[str, Any], where: Path) -> None:
-    """Refuse tensors that contradict the ``quantization_config`` beside them.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, not read: dtype as safetensors calls it (``"I32"``, ``"F16"``) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of some safetensors files by name, from their headers alone.
 
     Raises:
-        CheckpointError: names the first layer whose shapes do not fit, or says that there is none.
+        CheckpointError: a file is truncated or something else; the message names it.
     """
-    group_size = quantization.get("group_size", quantization.get("q_group_size", 128))
-    layers = sorted(name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    piece = handle.get_slice(name)
+                    stored[name] = StoredTensor(piece.get_dtype(), tuple(piece.get_shape()))
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
+    return stored
+
+
+def check_awq_tensors(stored: Mapping[str, StoredTensor], group_size: Any, where: Path) -> None:
+    """Refuse tensors that contradict the group size in the ``quantization_config`` beside them, or each other.
+
+    Raises:
+        CheckpointError: names the first layer whose tensors do not fit, or says that there is none.
+    """
+    if not isinstance(group_size, int) or group_size < -1 or group_size == 0:
+        raise CheckpointError(f"{where}: quantization_config has group_size = {group_size!r}")
+    layers = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
     if not layers:
         raise CheckpointError(f"{where} says quant_method 'awq' but holds no qweight tensor")
     for layer in layers:
-        k, words = shapes[f"{layer}.qweight"]
+        packed = stored[f"{layer}.qweight"]
+        if packed.dtype != "I32" or len(packed.shape) != 2:
+            raise CheckpointError(f"{where}: {layer}.qweight is {packed.dtype} {packed.shape}, expected I32 (K, N / 8)")
+        k, words = packed.shape
         groups = 1 if group_size == -1 else k // group_size
-        for part, wanted in (("qzeros", (groups, words)), ("scales", (groups, words * 8))):
-            found = shapes.get(f"{layer}.{part}")
-            if found != wanted:
+        for part, dtypes, wanted in (
+            ("qzeros", ("I32",), (groups, words)),
+            ("scales", ("F16", "BF16", "F32"), (groups, words * 8)),
+        ):
+            found = stored.get(f"{layer}.{part}")
+            if found is None or found.shape != wanted or found.dtype not in dtypes:
                 raise CheckpointError(
-                    f"{where}: {layer}.{part} is {found}, but qweight {(k, words)} with group size {group_size} "
-                    f"goes with {wanted}"
+                    f"{where}: {layer}.{part} is {f'{found.dtype} {found.shape}' if found else 'missing'}, but qweight "
+                    f"{packed.shape} with group size {group_size} goes with {' or '.join(dtypes)} {wanted}"
                 )
 
 

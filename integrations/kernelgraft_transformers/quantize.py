@@ -19,7 +19,7 @@ from kernelgraft_core.quant.awq import AwqConfig, BlockResult, quantize_awq
 from kernelgraft_core.quant.w4a16.weight import W4A16Weight
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
-from .checkpoint import check_replaceable, replaced_directory, write_awq
+from .checkpoint import check_replaceable, load_model, replaced_directory, write_awq
 from .texts import Calibration, encode
 
 AUTO_GROUP_SIZES = (128, 64, 32)
@@ -51,16 +51,17 @@ def load_source(name: str) -> SourceModel:
     """Load a directory or a hub name.
 
     Raises:
-        UnsupportedModelError: it is quantized already, or no adapter knows it; OSError: it cannot be read.
+        UnsupportedModelError: it is quantized already, or no adapter knows it; CheckpointError: a file is truncated;
+        OSError: it cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method")
         raise UnsupportedModelError(f"{name} is quantized already ({method}); quantize the original model")
     stored = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    model = load_model(name, torch.float32)
     find_architecture(model)
     return SourceModel(name, model, AutoTokenizer.from_pretrained(name), stored)
 

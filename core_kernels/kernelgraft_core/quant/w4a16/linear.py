@@ -111,9 +111,14 @@ class AwqLinear(nn.Module):
             self._buffers[name] = exact.to(moved.device)  # moved, but not cast
         return self
 
-    def _from_checkpoint_layout(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _from_checkpoint_layout(
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *_: Any
+    ) -> None:
         """``load_state_dict`` into a prepared layer, whose buffers have other names: it takes the tensors itself."""
-        if not self.prepared or not all(prefix + name in state for name in _CHECKPOINT_NAMES):
+        if not self.prepared:
+            return
+        if absent := [prefix + name for name in _CHECKPOINT_NAMES if prefix + name not in state]:
+            missing += absent
             return
         taken = [state.pop(prefix + name).to(self.words.device) for name in _CHECKPOINT_NAMES]
         loaded = unpack_gemm(*taken)

@@ -24,7 +24,7 @@ def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The weight is frozen (LoRA on a quantized base needs the input's gradient only); the bias sums over tokens.
     wants_x, _, _, _, wants_bias = ctx.needs_input_grad
     grad_x = _w4a16_linear_dgrad(grad.contiguous(), *ctx.saved_tensors) if wants_x else None
-    return grad_x, None, None, None, grad.flatten(0, -2).sum(0) if wants_bias else None
+    return grad_x, None, None, None, grad.unsqueeze(0).flatten(0, -2).sum(0) if wants_bias else None
 
 
 _w4a16_linear = Op(
@@ -76,7 +76,7 @@ def _check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor) -> None:
         if tensor.device != qweight.device:
             raise ValueError(f"{name} is on {tensor.device}, qweight on {qweight.device}")
     groups = scales.shape[1]
-    if groups == 0 or k % groups or (k // groups) % 8:
+    if k == 0 or groups == 0 or k % groups or (k // groups) % 8:
         raise ValueError(f"K = {k} does not split into {groups} groups of a multiple of 8")
 
 

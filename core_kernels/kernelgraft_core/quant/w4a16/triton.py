@@ -74,7 +74,7 @@ def _fused_linear(
     tokens, rows, k = x.shape[0], *_shape(qweight)
     out = x.new_empty((tokens, rows))
     fixed = constants(config, rows, k, scales.shape[1], _is_packed(scales, zeros)) | {"HAS_BIAS": bias is not None}
-    launch = {"num_warps": config.warps, "num_stages": config.stages}
+    launch = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers or None}
     row_words = k // 8 // fixed["ALIGN"]
     strides = (*scales.stride(), *zeros.stride())
     if config.kernel == "slice_k":
@@ -120,7 +120,8 @@ def w4a16_linear_dgrad(grad: Tensor, qweight: Tensor, scales: Tensor, zeros: Ten
     rows, k = _shape(qweight)
     grad2 = grad.reshape(-1, rows)
     out = grad.new_empty((grad2.shape[0], k))
-    step = _block(k, rows * grad.element_size(), 64)
+    qweight = qweight.contiguous()
+    step = _block(k, rows * grad.element_size(), DEQUANTIZE_COLUMNS)  # whole tiles, whose groups are known
     with torch.cuda.device_of(grad):
         for begin in range(0, k if out.numel() else 0, step):
             end = min(begin + step, k)
@@ -165,7 +166,7 @@ def constants(config: Config, rows: int, k: int, groups: int, packed: bool) -> d
         groups: scales of a row.
         packed: whether scales and zeros may be read several rows at once.
     """
-    kind = {"SLICES": config.warps} if config.kernel == "slice_k" else {"SPLITS": config.splits}
+    kind = {"SLICES": config.warps} if config.kernel == "slice_k" else {"SPLIT": config.splits > 1}
     return kind | _layout(k, groups, config.block_k) | {
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "STAGES": config.stages,
         "EVEN_K": k % config.step == 0, "PACKED": packed and rows % 4 == 0, "INTERPRETED": INTERPRETED,

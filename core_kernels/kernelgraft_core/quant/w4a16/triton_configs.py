@@ -29,6 +29,7 @@ class Config:
         splits: programs that share an output tile along K (``gemm``); a second kernel sums their float32 parts.
         warps: warps per program.
         stages: depth of the software pipeline; ``stages - 1`` tiles are in flight.
+        registers: allowed per thread, 0 for what ptxas chooses; given where ptxas would spill to fit one more program.
     """
 
     kernel: Literal["slice_k", "gemm", "dequantize"]
@@ -38,6 +39,7 @@ class Config:
     splits: int = 1
     warps: int = 0
     stages: int = 0
+    registers: int = 0
 
     @property
     def step(self) -> int:
@@ -67,26 +69,24 @@ SPLITS = (1, 2, 4, 8)
 MAX_SPLIT_TOKENS = 256  # beyond this many tokens there are tiles enough without splitting K
 
 
-def _slice_k(block_m: int, block_n: int, block_k: int, warps: int) -> Config:
-    return Config("slice_k", block_m, block_n, block_k, 1, warps, 4)
+def _slice_k(block_m: int, block_n: int, block_k: int, warps: int, registers: int = 0) -> Config:
+    return Config("slice_k", block_m, block_n, block_k, 1, warps, 4, registers)
 
 
-def _gemm(block_m: int, block_n: int, block_k: int, warps: int, stages: int = 4) -> Config:
-    return Config("gemm", block_m, block_n, block_k, 1, warps, stages)
+def _gemm(block_m: int, block_n: int, block_k: int, warps: int) -> Config:
+    return Config("gemm", block_m, block_n, block_k, 1, warps, 4)
 
 
 _DECODE = (
     _slice_k(8, 16, 128, 8),
     _slice_k(8, 16, 64, 4),
-    _slice_k(8, 32, 64, 8),
+    _slice_k(8, 32, 64, 4),
     _slice_k(16, 16, 64, 4),
-    _slice_k(16, 32, 64, 8),
+    _slice_k(16, 32, 64, 4, registers=128),
 )
 _SMALL = (_gemm(32, 64, 64, 4), _gemm(32, 128, 64, 4), _gemm(64, 64, 64, 4))
-# mma.sync: of 128 x 128, four warps unpack every weight twice, eight warps four times.
-_AMPERE = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 8), _gemm(128, 128, 64, 4))
-# 99 KB of shared memory: with a stage less, two programs fit; a stage outlasts the latency of memory there.
-_ADA = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 8), _gemm(128, 128, 64, 4, stages=3))
+# mma.sync: warps that share rows of the weight unpack them again, twice here, four times with eight warps.
+_AMPERE = (*_DECODE, *_SMALL, _gemm(64, 128, 32, 4), _gemm(128, 128, 32, 4))
 # wgmma: one warpgroup unpacks every weight once. 128 x 256 reads x from L2 half as often.
 _HOPPER = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 4), _gemm(128, 128, 64, 4), _gemm(128, 256, 64, 8))
 # tcgen05: weights go through tensor memory.
@@ -94,7 +94,7 @@ _BLACKWELL = (*_DECODE, *_SMALL, _gemm(64, 128, 64, 8), _gemm(128, 128, 64, 8))
 
 ARCHITECTURES = {
     80: Architecture(108, 1.41, 1024, 1_555, 163 << 10, _AMPERE),
-    89: Architecture(142, 2.20, 512, 864, 99 << 10, _ADA),
+    89: Architecture(142, 2.20, 512, 864, 99 << 10, _AMPERE),
     90: Architecture(132, 1.75, 2048, 3_350, 227 << 10, _HOPPER),
     100: Architecture(148, 1.85, 4096, 8_000, 227 << 10, _BLACKWELL),
 }

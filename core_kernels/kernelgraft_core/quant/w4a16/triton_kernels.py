@@ -31,10 +31,7 @@ import triton.language as tl
 @triton.jit
 def _spread(parameter, ROWS: tl.constexpr, GROUPS: tl.constexpr, BK: tl.constexpr):
     """Parameters ``(ROWS, GROUPS)`` over the pairs of a tile ``(ROWS, BK / 2)``."""
-    if GROUPS == 1:
-        spread = tl.broadcast_to(parameter, (ROWS, BK // 2))
-    else:
-        spread = tl.broadcast_to(parameter[:, :, None], (ROWS, GROUPS, BK // (2 * GROUPS))).reshape(ROWS, BK // 2)
+    spread = tl.broadcast_to(parameter[:, :, None], (ROWS, GROUPS, BK // (2 * GROUPS))).reshape(ROWS, BK // 2)
     return spread
 
 
@@ -57,22 +54,20 @@ def _load_groups(
     else:
         group = tl.minimum(k + slot % ROWS // RUN * BK + slot // ROWS * (BK // GROUPS), k_size - 1) // GROUP
     if PACKED:
-        # Every row reads the word that holds its scale, and the one that holds its zero: only loads of 32 bits and more
-        # are prefetched into shared memory. One word for several rows would have to change hands between threads.
-        scale_at = (scales + (n - n % 2) + group * scale_group).to(tl.pointer_type(tl.int32), bitcast=True)
-        zero_at = (zeros + (n - n % 4) + group * zero_group).to(tl.pointer_type(tl.int32), bitcast=True)
-        s = (tl.load(scale_at) >> (n % 2 * 16)) & 0xFFFF
-        z = (tl.load(zero_at) >> (n % 4 * 8)) & 0xFF
+        # The words that hold a row's scale and its zero, read by one load: of 32 bits, because narrower ones are not
+        # prefetched, and with an element for every thread, because Triton 3.6 lets all threads repeat smaller ones.
+        is_scale = (tl.arange(0, 2) == 0)[None, :]
+        scale_at = scales.to(tl.pointer_type(tl.int8), bitcast=True) + (n * 2 + group * (scale_group * 2))[:, None]
+        zero_at = zeros.to(tl.pointer_type(tl.int8), bitcast=True) + (n + group * zero_group)[:, None]
+        lane = tl.where(is_scale, (n % 2 * 2)[:, None], (n % 4)[:, None])  # the byte in the word
+        words = tl.load((tl.where(is_scale, scale_at, zero_at) - lane).to(tl.pointer_type(tl.int32), bitcast=True))
+        s, z = tl.split(words >> (lane * 8))
+        s = s & 0xFFFF
+        z = z & 0xFF
     else:
         s = tl.load(scales + n * scale_row + group * scale_group).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         z = tl.load(zeros + n * zero_row + group * zero_group).to(tl.int32)
-    if GROUPS == 1:
-        s = s.reshape(ROWS, 1)
-        z = z.reshape(ROWS, 1)
-    else:
-        s = s.reshape(GROUPS, ROWS).T
-        z = z.reshape(GROUPS, ROWS).T
-    return s, z
+    return s.reshape(GROUPS, ROWS).T, z.reshape(GROUPS, ROWS).T
 
 
 @triton.jit
@@ -200,12 +195,12 @@ def slice_k_kernel(
 def gemm_kernel(
     x, qweight, scales, zeros, bias, out,
     tokens, rows, k_size, row_words, k_split, magic, scale_row, scale_group, zero_row, zero_group,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # One program computes the tile BN x BM of W X^T over k_split columns. Neighbouring programs share the weights,
-    # which come from memory once; x fits L2. With SPLITS > 1, out is a float32 workspace (SPLITS, M, N).
+    # which come from memory once; x fits L2. With SPLIT, out is a float32 workspace (splits, M, N).
     DTYPE: tl.constexpr = x.dtype.element_ty
     m_tiles = tl.cdiv(tokens, BM)
     row = tl.program_id(0) // m_tiles * BN
@@ -245,7 +240,7 @@ def gemm_kernel(
     inside = (m < tokens - token)[None, :] & inside_n[:, None]
     tile_at = token.to(tl.int64) * rows + row
     at = m[None, :] * rows + n[:, None]
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(out + tl.program_id(1).to(tl.int64) * tokens * rows + tile_at + at, acc, mask=inside)
     else:
         if HAS_BIAS:

@@ -130,11 +130,12 @@ def test_dequantizing_rounds_once(n, k, group, dtype):
     assert torch.equal(out, reference.dequantize_w4a16(*packed, torch.float64).to(dtype))
 
 
+@pytest.mark.parametrize("group", [16, 24, 256])
 @pytest.mark.parametrize("scratch", [1, 64 << 20], ids=["blocks", "at-once"])
-def test_the_gradient_and_the_dequantized_product_work_in_blocks(scratch, monkeypatch):
+def test_the_gradient_and_the_dequantized_product_work_in_blocks(scratch, group, monkeypatch):
     monkeypatch.setattr(w4a16, "SCRATCH_BYTES", scratch)
-    packed = weight(300, 160, 32)
-    x, grad, bias = torch.randn(3, 160).half(), torch.randn(3, 300).half(), torch.randn(300).half()
+    packed = weight(140, 768, group)
+    x, grad, bias = torch.randn(3, 768).half(), torch.randn(3, 140).half(), torch.randn(140).half()
     assert_close("out", exact(x, packed, bias), w4a16.run_w4a16_linear(DEQUANTIZE, x, *packed, bias), 2e-3)
     wanted = grad.double() @ reference.dequantize_w4a16(*packed, torch.float64)
     assert_close("grad_x", wanted, w4a16.w4a16_linear_dgrad(grad, *packed), 2e-3)

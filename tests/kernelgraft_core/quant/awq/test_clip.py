@@ -1,0 +1,106 @@
+"""The AWQ clip search: its error is that of the tokens themselves, and no group ends up worse than unclipped."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernelgraft_core.quant.awq.clip import output_error, search_grid
+from kernelgraft_core.quant.rounding import LEVELS, Grid
+
+RELAXED = settings(deadline=None, max_examples=25)  # other processes take their time too
+
+N, G, SIZE, TOKENS = 6, 3, 16, 40
+
+
+def case(seed=0, dtype=torch.float32, tail=3):
+    """Weights ``(N, G, g)`` with heavy tails and tokens ``(T, G, g)`` with channels of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(N, G, SIZE, generator=generator, dtype=dtype) ** tail
+    tokens = torch.randn(TOKENS, G, SIZE, generator=generator, dtype=dtype)
+    return weights, tokens * torch.rand(G, SIZE, generator=generator, dtype=dtype).exp() ** 2
+
+
+def moments_of(tokens):
+    return torch.einsum("tgi,tgj->gij", tokens, tokens) / len(tokens)
+
+
+def energies(weights, tokens):
+    """Mean square of what every group contributes to the output, token by token: ``(N, G)``."""
+    return torch.einsum("ngi,tgi->tng", weights, tokens).square().mean(0)
+
+
+def unclipped(weights):
+    return Grid.spanning(weights.amin(-1), weights.amax(-1))
+
+
+def change(grid, weights):
+    return grid.reproduce(weights) - weights
+
+
+def test_the_error_is_that_of_the_tokens_themselves():
+    weights, tokens = case(dtype=torch.float64)
+    grid = unclipped(weights)
+    wanted = energies(change(grid, weights), tokens).sum() / energies(weights, tokens).sum()
+    assert output_error(weights, grid, moments_of(tokens)) == pytest.approx(wanted.item(), rel=1e-12)
+
+
+@RELAXED
+@given(st.integers(0, 2**16), st.integers(1, 12), st.sampled_from([0.2, 0.5, 0.9]), st.sampled_from([1, 3, 5]))
+def test_no_group_is_worse_than_unclipped(seed, steps, max_shrink, tail):
+    weights, tokens = case(seed, torch.float64, tail)
+    grid = search_grid(weights, moments_of(tokens), steps=steps, max_shrink=max_shrink)
+    before, after = (energies(change(g, weights), tokens) for g in (unclipped(weights), grid))
+    assert (after <= before * (1 + 1e-9)).all()
+
+
+def test_every_group_is_at_least_as_good_as_with_any_symmetric_range():
+    weights, tokens = case(dtype=torch.float64)
+    found = energies(change(search_grid(weights, moments_of(tokens)), weights), tokens)
+    reach = weights.abs().amax(-1)
+    for i in range(10):
+        limit = reach * (1 - 0.5 * i / 10)
+        grid = Grid.spanning(weights.amin(-1).maximum(-limit), weights.amax(-1).minimum(limit))
+        assert (found <= energies(change(grid, weights), tokens) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_outlier_that_nothing_multiplies_is_cut(sign):
+    weights, tokens = case(tail=1)
+    weights[..., 4] = sign * 6
+    tokens[..., 4] = 0
+    moments = moments_of(tokens)
+    grid = search_grid(weights, moments)
+    assert grid.scales.mean() < 0.7 * unclipped(weights).scales.mean()
+    assert output_error(weights, grid, moments) < 0.5 * output_error(weights, unclipped(weights), moments)
+
+
+def test_an_outlier_that_counts_is_kept():
+    weights, tokens = case(tail=1)
+    weights[..., 4], tokens[..., 4] = 6, 100
+    kept = search_grid(weights, moments_of(tokens)).reproduce(weights)[..., 4]
+    torch.testing.assert_close(kept, weights[..., 4], rtol=0.05, atol=0)
+
+
+def test_one_step_searches_nothing():
+    weights, tokens = case()
+    found, plain = search_grid(weights, moments_of(tokens), steps=1), unclipped(weights)
+    assert torch.equal(found.scales, plain.scales)
+    assert torch.equal(found.zeros, plain.zeros)
+
+
+def test_the_grid_can_be_stored():
+    grid = search_grid(*(lambda w, t: (w, moments_of(t)))(*case()))
+    assert grid.scales.shape == grid.zeros.shape == (N, G)
+    assert torch.equal(grid.scales, grid.scales.half().float())
+    assert torch.equal(grid.zeros, grid.zeros.round().clamp(0, LEVELS))
+
+
+@pytest.mark.parametrize("dead", ["weights", "inputs"])
+def test_dead_groups_cost_nothing_and_stay_finite(dead):
+    weights, tokens = case()
+    (weights if dead == "weights" else tokens).zero_()
+    moments = moments_of(tokens)
+    grid = search_grid(weights, moments)
+    assert output_error(weights, grid, moments) == 0
+    assert grid.reproduce(weights).isfinite().all()
