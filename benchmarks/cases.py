@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernelgraft_core.quant.w4a16 import W4A16Weight, reference, w4a16_linear
-from kernelgraft_core.runtime.device import cpu_info
 from kernelgraft_core.runtime.op import Implementation, Op, registered_ops
+from kernelgraft_core.runtime.timing import rotated
 
 Shape = Mapping[str, int]
 
@@ -118,17 +117,6 @@ def require_backend(op: str, backend: str, device: str, *args: object) -> None:
         raise UnavailableError(f"{op}: a backend cannot be imported: {error}") from error
     if verdicts.get(backend) != "runs":
         raise UnavailableError(f"{op}: backend {backend} does not run on {device}: {verdicts}")
-
-
-def rotated(compute: Callable[..., Tensor], *operands: Tensor) -> Callable[[], Tensor]:
-    """``compute(*operands)`` over copies that together are twice the last-level cache, one after another."""
-    size = sum(operand.nbytes for operand in operands)
-    cache = cpu_info().last_level_cache or 64 << 20
-    copies = 1 + -(-2 * cache // size)
-    turns: Iterator[tuple[Tensor, ...]] = itertools.cycle(
-        [operands, *(tuple(operand.clone() for operand in operands) for _ in range(copies - 1))]
-    )
-    return lambda: compute(*next(turns))
 
 
 # -- the cost of the router ------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from kernelgraft_core.runtime.op import Op
 
 FAMILIES = ("kernelgraft_core.quant.w4a16",)
-"""Packages with a module ``ops`` that defines ops, and ``examples`` with ``example_args(device)`` for each of them."""
+"""Packages with a module ``ops`` that defines ops, and a module ``examples``: ``example_args(device, **sizes)`` gives
+arguments for each op, ``peer(op, args)`` what it is measured against, and ``TUNED`` names those that can be tuned."""
 
 BROKEN = "broken"
 """How the verdict on a backend begins that raised when it was asked whether it can run."""
@@ -44,7 +45,7 @@ def verdicts(family: str) -> list[dict[str, str]]:
 def compare_with_reference(family: str) -> Iterator[Check]:
     """Run every op of a family on every backend that can, and compare with the reference in float64."""
     for op, device, args in _examples(family):
-        with _forced("reference"):
+        with forced("reference"):
             truth = op(*map(_widened, args))
         for backend, verdict in _explain(op, device, args).items():
             what = f"{op.name} on {device}, backend {backend}"
@@ -53,8 +54,8 @@ def compare_with_reference(family: str) -> Iterator[Check]:
             if verdict not in ("runs", "ready"):
                 continue
             try:
-                with _forced(backend):
-                    error = _relative_error(op(*args), truth)
+                with forced(backend):
+                    error = relative_error(op(*args), truth)
             except Exception as trouble:
                 yield Check(what, False, f"{type(trouble).__name__}: {trouble}")
             else:
@@ -71,18 +72,23 @@ def _explain(op: Op, device: str, args: tuple[Any, ...]) -> dict[str, str]:
 
 def _explain_one(op: Op, device: str, args: tuple[Any, ...], backend: str) -> str:
     try:
-        with _forced(backend):
+        with forced(backend):
             verdict = op.explain(device, *args)[backend]
     except Exception as error:
         return f"{BROKEN}: {type(error).__name__}: {error}"
     return "ready" if verdict == "runs" else verdict
 
 
+def examples_of(family: str) -> Any:
+    """The module ``examples`` of a family, whose ops are then registered."""
+    importlib.import_module(f"{family}.ops")
+    return importlib.import_module(f"{family}.examples")
+
+
 def _examples(family: str) -> Iterator[tuple[Op, str, tuple[Any, ...]]]:
     from kernelgraft_core.runtime.op import registered_ops
 
-    importlib.import_module(f"{family}.ops")
-    examples = importlib.import_module(f"{family}.examples")
+    examples = examples_of(family)
     for device in devices():
         for name, args in examples.example_args(device).items():
             yield registered_ops()[name], device, args
@@ -97,13 +103,15 @@ def _widened(value: Any) -> Any:
     return torch.float64 if value is torch.bfloat16 else value
 
 
-def _relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
+def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
+    """Root mean square of the difference, relative to the truth's own."""
     difference = out.double() - truth
     return float(difference.square().mean().sqrt() / truth.square().mean().sqrt())
 
 
 @contextlib.contextmanager
-def _forced(backend: str) -> Iterator[None]:
+def forced(backend: str) -> Iterator[None]:
+    """Inside, ops run on this backend or not at all."""
     before = os.environ.get("KERNELGRAFT_BACKEND")
     os.environ["KERNELGRAFT_BACKEND"] = backend
     try:

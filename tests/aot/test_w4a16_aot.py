@@ -5,6 +5,7 @@ than that, or one that meets the limit after all, fails.
 """
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -98,9 +99,15 @@ def name(config: Config) -> str:
     return f"{config.kernel}-{config.block_m}x{config.block_n}x{config.block_k}-w{config.warps}"
 
 
-SELECTABLE = [
-    pytest.param(arch, config, id=f"sm{arch}-{name(config)}") for arch in ARCHS for config in list_selectable(arch)
-]
+def every(ragged: bool = False) -> list:
+    return [
+        pytest.param(arch, config, id=f"sm{arch}-{name(config)}")
+        for arch in ARCHS
+        for config in list_selectable(arch, ragged)
+    ]
+
+
+SELECTABLE, RAGGED = every(), every(ragged=True)
 
 
 def check_sound(arch: int, config: Config, found: AotReport) -> None:
@@ -139,17 +146,24 @@ def test_meets_the_limits_of_its_main_loop(arch, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "config"), SELECTABLE)
-@pytest.mark.parametrize("group", [32, 64, 4096, 96])
+@pytest.mark.parametrize("group", [32, 64, 4096])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_neither_spills_nor_loses_its_tensor_cores_in_any_variant(arch, config, group, dtype):
-    k = 4096 if group != 96 else 4128
-    check_sound(arch, config, compiled(arch, config, dtype, group, k=k))
+    check_sound(arch, config, compiled(arch, config, dtype, group))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "config"), SELECTABLE)
-def test_odd_shapes_compile_without_spills(arch, config):
+@pytest.mark.parametrize(("arch", "config"), RAGGED)
+def test_small_groups_groups_that_straddle_tiles_and_odd_shapes_do_not_spill_either(arch, config):
+    check_sound(arch, config, compiled(arch, config, group=8))
+    check_sound(arch, config, compiled(arch, config, group=96, k=4128))
     check_sound(arch, config, compiled(arch, config, group=24, rows=37, k=312, packed=False, bias=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "config"), [c for c in SELECTABLE if c.values[1].kernel == "gemm"])
+def test_splitting_k_does_not_spill_either(arch, config):
+    check_sound(arch, config, compiled(arch, replace(config, splits=4)))
 
 
 @pytest.mark.parametrize("arch", ARCHS)

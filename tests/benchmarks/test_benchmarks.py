@@ -110,17 +110,6 @@ def test_what_a_run_held_beyond_its_result_is_scratch(benchmarks):
     assert measure(lambda: (x * 2) + (x * 3), "cpu", x.nbytes) == pytest.approx(2 * x.nbytes, abs=64)
 
 
-def test_rotated_operands_are_more_than_the_cache_holds_and_take_turns(benchmarks, monkeypatch):
-    cases = benchmarks["cases"]
-    monkeypatch.setattr(cases, "cpu_info", lambda: type("Cpu", (), {"last_level_cache": 4000})())
-    seen = []
-    run = cases.rotated(lambda x: seen.append(x.data_ptr()) or x, torch.ones(1000 // 4))
-    for _ in range(18):
-        run()
-    assert len(set(seen)) == 9  # twice 4000 bytes in pieces of 1000, and one more
-    assert seen[:9] == seen[9:]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

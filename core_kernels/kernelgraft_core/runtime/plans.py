@@ -118,6 +118,11 @@ class PlanStore:
             self._tuned.reset(token)
             self.save()
 
+    @property
+    def is_tuning(self) -> bool:
+        """Whether this thread is inside :meth:`tuning`: a cheap question for a hot path, before :meth:`should_tune`."""
+        return self._tuned.get() is not None
+
     def should_tune(self, op: str, version: int, arch: str, shape: Mapping[str, Scalar]) -> bool:
         """Whether an op is asked to measure this shape now: inside :meth:`tuning`, once for each shape."""
         tuned = self._tuned.get()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import platform
 import statistics
@@ -14,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +24,7 @@ import kernelgraft_core
 from . import device as devices
 
 Run = Callable[[], object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,18 @@ def measure_in_turns(
             with inside[name]():
                 samples[name].append(sample())
     return {name: Times.of(taken) for name, taken in samples.items()}
+
+
+def rotated(compute: Callable[..., T], *operands: torch.Tensor) -> Callable[[], T]:
+    """``compute(*operands)`` over copies that together are twice the last-level cache, one after another.
+
+    A layer of a model finds its weight in memory: the other layers have run in between.
+    """
+    size = max(1, sum(operand.nbytes for operand in operands))
+    cache = devices.cpu_info().last_level_cache or 64 << 20
+    copies = 1 + -(-2 * cache // size)
+    turns = itertools.cycle([operands, *(tuple(t.clone() for t in operands) for _ in range(copies - 1))])
+    return lambda: compute(*next(turns))
 
 
 def measure_us(run: Run, *, device: str = "cpu", rounds: int = 7) -> float:

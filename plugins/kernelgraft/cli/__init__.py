@@ -11,6 +11,9 @@ import typer
 from kernelgraft.errors import KernelgraftError
 
 from . import listing, models
+from .bench import bench
+from .demo import demo
+from .tune import tune
 
 app = typer.Typer(
     name="kernelgraft",
@@ -26,6 +29,9 @@ app.command("doctor")(listing.doctor)
 app.command("quantize")(models.quantize)
 app.command("inspect")(models.inspect)
 app.command("ppl")(models.ppl)
+app.command("demo")(demo)
+app.command("bench")(bench)
+app.command("tune")(tune)
 
 
 @app.callback()

@@ -5,8 +5,10 @@ import time
 from itertools import pairwise
 
 import pytest
+import torch
 
-from kernelgraft_core.runtime.timing import Times, environment, measure_in_turns, measure_us
+from kernelgraft_core.runtime import timing
+from kernelgraft_core.runtime.timing import Times, environment, measure_in_turns, measure_us, rotated
 
 
 def test_percentiles_of_known_samples():
@@ -51,3 +53,13 @@ def test_the_environment_is_json_and_names_versions_and_machine():
         assert key in env
     assert env["cpu"]
     assert env["threads"] >= 1
+
+
+def test_rotated_operands_are_more_than_the_cache_holds_and_take_turns(monkeypatch):
+    monkeypatch.setattr(timing.devices, "cpu_info", lambda: type("Cpu", (), {"last_level_cache": 4000})())
+    seen = []
+    run = rotated(lambda x: seen.append(x.data_ptr()) or x, torch.ones(1000 // 4))
+    for _ in range(18):
+        run()
+    assert len(set(seen)) == 9  # twice 4000 bytes in pieces of 1000, and one more
+    assert seen[:9] == seen[9:]

@@ -2,7 +2,8 @@
 
 Which of the two runs depends on the number of tokens and on the processor: the integer kernel reads four bits per
 weight and wins while memory or 16-bit integer arithmetic is the limit; a processor with bfloat16 matrix instructions
-does large batches faster on dequantized blocks. Without numba, PyTorch's own int4 kernel takes the place of ours.
+does large batches faster on dequantized blocks. ``kernelgraft tune`` measures where that turns. Without numba, PyTorch's
+own int4 kernel takes the place of ours.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelgraft_core.runtime.device import arch_key
+from kernelgraft_core.runtime.plans import PLANS
 from kernelgraft_core.runtime.threads import parallel_for
+from kernelgraft_core.runtime.timing import measure_us
 
 from . import reference
 from .weight import W4A16Weight
 
 log = logging.getLogger("kernelgraft")
 
+OP, VERSION = "w4a16_linear", 1  # a new version makes stored plans void
+LARGEST_BUCKET = 512  # tokens; beyond, the choice stays what it is there
 SCRATCH_BYTES = 8 << 20  # of one dequantized block
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
@@ -32,13 +38,9 @@ _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 def w4a16_linear(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     weight = W4A16Weight(qweight, scales, zeros).arranged()
-    path = choose_path(len(rows), weight, x.dtype)
-    if path == "integer":
-        out = _integer_linear(rows, weight)
-    elif path == "int4pack":
-        out = _int4pack_linear(rows, weight)
-    else:
-        out = _dequantized_linear(rows, weight)
+    if PLANS.is_tuning:
+        _tune(rows, weight)
+    out = _run(choose_path(len(rows), weight, x.dtype), rows, weight)
     if bias is not None:
         out += bias.to(out.dtype)
     return out.to(x.dtype).view(*x.shape[:-1], weight.out_features)
@@ -75,20 +77,65 @@ def supports_dequantize_w4a16(qweight: Tensor, scales: Tensor, zeros: Tensor, dt
 
 
 def choose_path(tokens: int, weight: W4A16Weight, dtype: torch.dtype) -> str:
-    """``"integer"``, ``"int4pack"`` or ``"dequantize"``, by shape and processor alone."""
+    """``"integer"``, ``"int4pack"`` or ``"dequantize"``: what a stored plan says, else by shape and processor alone."""
+    paths = _possible_paths(tokens, weight, dtype)
+    if len(paths) > 1:
+        plan = PLANS.lookup(OP, VERSION, _arch(), plan_shape(tokens, *_sizes(weight), dtype))
+        if plan is not None and plan.get("path") in paths:
+            return str(plan["path"])
+    return paths[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_shape(tokens: int, n: int, k: int, group: int, dtype: torch.dtype) -> dict[str, str | int]:
+    """What a plan is kept under: tokens rounded up to a power of two, at most :data:`LARGEST_BUCKET`."""
+    bucket = min(1 << max(0, tokens - 1).bit_length(), LARGEST_BUCKET)
+    return {"m": bucket, "n": n, "k": k, "group": group, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _possible_paths(tokens: int, weight: W4A16Weight, dtype: torch.dtype) -> tuple[str, ...]:
+    """All ways to compute this here, the one to take without a plan first."""
     if tokens == 0 or weight.out_features == 0:
-        return "dequantize"
+        return ("dequantize",)
     if not _HAS_NUMBA:
         _say_once("numba is not installed: W4A16 runs on PyTorch's int4 kernel and keeps a second copy of the weight")
-        few = tokens <= 16 and dtype != torch.float32
-        return "int4pack" if few and _int4pack_reason(weight) is None else "dequantize"
+        if dtype == torch.float32 or _int4pack_reason(weight) is not None:
+            return ("dequantize",)
+        return ("int4pack", "dequantize") if tokens <= 16 else ("dequantize", "int4pack")
     if weight.out_features < 4 or _block_shape(weight) is None:
         _say_once(
             f"W4A16 with N = {weight.out_features}, K = {weight.in_features} and group size {weight.group_size} "
             "is dequantized block by block: the integer kernel takes N >= 4 and groups of 32 or multiples of 64"
         )
-        return "dequantize"
-    return "dequantize" if tokens >= 48 and _gemm_dtype(dtype) != torch.float32 else "integer"
+        return ("dequantize",)
+    if tokens >= 48 and _gemm_dtype(dtype) != torch.float32:
+        return ("dequantize", "integer")
+    return ("integer", "dequantize")
+
+
+def _run(path: str, rows: Tensor, weight: W4A16Weight) -> Tensor:
+    if path == "integer":
+        return _integer_linear(rows, weight)
+    return _int4pack_linear(rows, weight) if path == "int4pack" else _dequantized_linear(rows, weight)
+
+
+def _tune(rows: Tensor, weight: W4A16Weight) -> None:
+    shape = plan_shape(len(rows), *_sizes(weight), rows.dtype)
+    paths = _possible_paths(len(rows), weight, rows.dtype)
+    if len(paths) > 1 and PLANS.should_tune(OP, VERSION, _arch(), shape):
+        runs = {path: ({"path": path}, functools.partial(_run, path, rows, weight)) for path in paths}
+        PLANS.tune(OP, VERSION, _arch(), shape, runs, measure_us)
+
+
+def _sizes(weight: W4A16Weight) -> tuple[int, int, int]:
+    """N, K and the group size."""
+    n, words = weight.qweight.shape
+    return n, words * 8, words * 8 // weight.scales.shape[1]
+
+
+@functools.cache
+def _arch() -> str:
+    return arch_key("cpu")
 
 
 @functools.cache

@@ -95,6 +95,7 @@ class _Emit:
         return self.b.call(function, [a, b, c])
 
     def nibbles(self, words: Any, plane: int) -> Any:
+        """One of the four nibbles of every lane."""
         if plane:
             words = self.b.lshr(words, ir.Constant(_V16I16, [4 * plane] * LANES))
         return words if plane == 3 else self.b.and_(words, ir.Constant(_V16I16, [15] * LANES))
@@ -250,29 +251,42 @@ def quantize_tokens(start: int, stop: int, args: Any) -> None:
     tokens, k, blocks = args[TOKENS], args[K], args[BLOCKS]
     block, whole = k // blocks, tokens // TILE * TILE
     x = numba.carray(pointer(args[X]), (tokens, k), np.float32)
-    xq = numba.carray(pointer(args[XQ]), (tokens * k,), np.int16)
+    bits = numba.carray(pointer(args[X]), (tokens, k), np.int32)
+    xq = numba.carray(pointer(args[XQ]), (tokens * k // 2,), np.int32)
     x_scale = numba.carray(pointer(args[X_SCALE]), ((tokens + 3) // 4, blocks, 2, 4), np.float32)
+    rounded = np.empty(block, np.int16)
+    pairs = rounded.view(np.int32)
+    as_bits = np.empty(1, np.int32)
+    as_float = as_bits.view(np.float32)
     for m in range(start, stop):
         stride = CHUNK * TILE if m < whole else CHUNK
         base = m // TILE * TILE * k + m % TILE * CHUNK if m < whole else m * k
         for i in range(blocks):
-            largest = np.float32(0)
-            poison = np.float32(0)
+            # Magnitudes compare like the integers of their bits, and whatever is not finite is larger than all others.
+            largest_bits = np.int32(0)
             for j in range(i * block, (i + 1) * block):
-                largest = max(largest, abs(x[m, j]))
-                poison += x[m, j] * np.float32(0)  # stays 0 unless a value is not finite
-            inverse = np.float32(0)
-            if largest > np.float32(1e-30) and poison == 0:
+                largest_bits = max(largest_bits, bits[m, j] & np.int32(0x7FFFFFFF))
+            as_bits[0] = largest_bits
+            largest = as_float[0]
+            total: Any = np.int32(0)
+            scale = np.float32(0)
+            if largest_bits >= np.int32(0x7F800000):
+                scale = np.float32(np.nan)
+                rounded[:] = 0
+            elif largest <= np.float32(1e-30):
+                rounded[:] = 0
+            else:
+                scale = largest / np.float32(32767)
                 inverse = np.float32(32767) / largest
-            total: Any = 0
-            for t in range(i * block // 8, (i + 1) * block // 8):
-                at = base + t // 8 * stride + t % 8 * 2
+                for j in range(block):
+                    value = np.int32(np.rint(x[m, i * block + j] * inverse))
+                    rounded[j] = np.int16(value)
+                    total += value
+            for t in range(block // 8):
+                step = i * block // 8 + t
+                at = (base + step // 8 * stride) // 2 + step % 8
                 for p in range(4):
-                    for h in range(2):
-                        value = np.int16(np.rint(x[m, 8 * t + 2 * p + h] * inverse)) if inverse > 0 else np.int16(0)
-                        xq[at + p * LANES + h] = value
-                        total += value
-            scale = largest / np.float32(32767) + poison if inverse > 0 or poison != 0 else np.float32(0)
+                    xq[at + p * (LANES // 2)] = pairs[4 * t + p]
             x_scale[m // 4, i, 0, m % 4] = scale
             x_scale[m // 4, i, 1, m % 4] = scale * np.float32(total)
 

@@ -79,12 +79,25 @@ class AwqLinear(nn.Module):
         return W4A16Weight(self.words, self.group_scales, self.group_zeros)
 
     def prepare(self) -> None:
-        """Leave the checkpoint's layout for the kernels'; nothing happens the second time."""
+        """Leave the checkpoint's layout for the kernels'; nothing happens the second time.
+
+        Raises:
+            ValueError: a loader has put in tensors that are not of this layer's sizes.
+        """
         if not self.prepared:
-            weight = unpack_gemm(self.qweight, self.qzeros, self.scales)
+            weight = self._unpack(self.qweight, self.qzeros, self.scales)
             for name in _CHECKPOINT_NAMES:
                 delattr(self, name)
             self._hold(weight)
+
+    def _unpack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> W4A16Weight:
+        weight = unpack_gemm(qweight, qzeros, scales)
+        found = (weight.in_features, weight.out_features, weight.group_size)
+        if found != (self.in_features, self.out_features, self.group_size):
+            raise ValueError(
+                f"the weight is {found[0]} x {found[1]} with group size {found[2]}; this layer has {self.extra_repr()}"
+            )
+        return weight
 
     def _hold(self, weight: W4A16Weight) -> None:
         # Buffers, so that whatever moves, counts or offloads a module sees them; the state dict has its own layout.
@@ -121,10 +134,10 @@ class AwqLinear(nn.Module):
             missing += absent
             return
         taken = [state.pop(prefix + name).to(self.words.device) for name in _CHECKPOINT_NAMES]
-        loaded = unpack_gemm(*taken)
-        if (loaded.qweight.shape, loaded.scales.shape) != (self.words.shape, self.group_scales.shape):
-            raise ValueError(f"{prefix}qweight is {tuple(taken[0].shape)}; this layer has {self.extra_repr()}")
-        self._hold(loaded)
+        try:
+            self._hold(self._unpack(*taken))
+        except ValueError as error:
+            raise ValueError(f"{prefix}qweight: {error}") from None
 
 
 def _to_checkpoint_layout(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

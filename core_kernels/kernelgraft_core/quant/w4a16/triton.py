@@ -38,18 +38,19 @@ def w4a16_linear(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias
     shape = (x2.shape[0], rows, k, k // scales.shape[1])
     if PLANS.should_tune(OP, VERSION, key, plan_shape(x.dtype, *shape)):
         _tune(key, x2, qweight, scales, zeros, bias)
-    config = choose_config(_architecture(x.device), key, x.dtype, *shape)
+    config = choose_config(_architecture(x.device), key, x.dtype, *shape, _is_packed(scales, zeros))
     return run_w4a16_linear(config, x2, qweight, scales, zeros, bias).view(*x.shape[:-1], rows)
 
 
 def _tune(key: str, x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> None:
-    shape = (*x.shape[:1], *_shape(qweight), qweight.shape[1] * 8 // scales.shape[1])
+    rows, k = _shape(qweight)
+    shape = (x.shape[0], rows, k, k // scales.shape[1])
     runs = {
         f"{c.kernel}-{c.block_m}x{c.block_n}x{c.block_k}-s{c.splits}-w{c.warps}": (
             asdict(c),
             functools.partial(run_w4a16_linear, c, x, qweight, scales, zeros, bias),
         )
-        for c in candidates(_architecture(x.device), *shape)
+        for c in candidates(_architecture(x.device), *shape, _is_packed(scales, zeros))
     }
     PLANS.tune(
         OP, VERSION, key, plan_shape(x.dtype, *shape), runs,

@@ -110,10 +110,20 @@ def architecture(capability: tuple[int, int]) -> int | None:
     return 80 if (major, minor) == (8, 0) else 89  # the small Amperes, Ada and 12.x all have 99 KB of shared memory
 
 
-def candidates(arch: int, m: int, n: int, k: int, group: int) -> tuple[Config, ...]:
-    """Every configuration that makes sense for ``(m, k) @ (n, k).T`` with this group size, for a tuner to measure."""
+def candidates(arch: int, m: int, n: int, k: int, group: int, packed: bool = True) -> tuple[Config, ...]:
+    """Every configuration that makes sense for ``(m, k) @ (n, k).T``, for a tuner to measure.
+
+    Args:
+        arch: key of :data:`ARCHITECTURES`.
+        m, n, k: tokens, output and input features, none of them 0.
+        group: columns that share a scale.
+        packed: whether the kernels may read the scales of several rows at once: rows innermost, multiples of four.
+    """
     found = []
     for tile in ARCHITECTURES[arch].tiles:
+        whole_groups = group == k or group % tile.block_k == 0 or (tile.block_k % group == 0 and group >= 32)
+        if tile not in list_selectable(arch, ragged=not (packed and whole_groups)):
+            continue
         if tile.kernel == "slice_k":
             if m <= tile.block_m and (m > 8 or tile.block_m == 8):
                 found.append(tile)
@@ -127,9 +137,17 @@ def candidates(arch: int, m: int, n: int, k: int, group: int) -> tuple[Config, .
     return tuple(found)
 
 
-def list_selectable(arch: int) -> tuple[Config, ...]:
-    """Every tile that :func:`heuristic` can pick on an architecture; splitting K does not change the kernel's loop."""
-    return ARCHITECTURES[arch].tiles
+@functools.cache
+def list_selectable(arch: int, ragged: bool = False) -> tuple[Config, ...]:
+    """Every tile that :func:`heuristic` can pick on an architecture; splitting K does not change a kernel's loop.
+
+    With ``ragged`` those for groups that are small or straddle tiles, and for scales that are read one by one: larger
+    tiles would spill, or not fit shared memory.
+    """
+    tiles = ARCHITECTURES[arch].tiles
+    if not ragged:
+        return tiles
+    return tuple(t for t in tiles if t.block_m * t.block_n <= 64 * 64 and t.block_n != 32 and t.step <= 256)
 
 
 def estimate(arch: int, config: Config, m: int, n: int, k: int, group: int) -> float:
@@ -167,9 +185,9 @@ def estimate(arch: int, config: Config, m: int, n: int, k: int, group: int) -> f
 
 
 @functools.lru_cache(maxsize=4096)
-def heuristic(arch: int, m: int, n: int, k: int, group: int) -> Config:
+def heuristic(arch: int, m: int, n: int, k: int, group: int, packed: bool = True) -> Config:
     """The cheapest candidate by :func:`estimate`; float16 and bfloat16 cost the same."""
-    return min(candidates(arch, m, n, k, group), key=lambda config: estimate(arch, config, m, n, k, group))
+    return min(candidates(arch, m, n, k, group, packed), key=lambda config: estimate(arch, config, m, n, k, group))
 
 
 def plan_shape(dtype: torch.dtype, m: int, n: int, k: int, group: int) -> dict[str, str | int]:
@@ -177,22 +195,24 @@ def plan_shape(dtype: torch.dtype, m: int, n: int, k: int, group: int) -> dict[s
     return {"m": 1 << (m - 1).bit_length(), "n": n, "k": k, "group": group, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def choose_config(arch: int, arch_key: str, dtype: torch.dtype, m: int, n: int, k: int, group: int) -> Config:
+def choose_config(
+    arch: int, arch_key: str, dtype: torch.dtype, m: int, n: int, k: int, group: int, packed: bool
+) -> Config:
     """The configuration to run: a stored plan where there is a usable one, else the heuristic.
 
     Args:
-        arch: key of :data:`ARCHITECTURES`.
         arch_key: what plans for this device are kept under.
         dtype: of the activations.
-        m, n, k: tokens, output and input features, none of them 0.
-        group: columns that share a scale.
+        arch, m, n, k, group, packed: as for :func:`candidates`.
     """
     stored = PLANS.lookup(OP, VERSION, arch_key, plan_shape(dtype, m, n, k, group))
-    if stored is not None and (config := _planned(arch, tuple(stored.items()), m, n, k, group)):
+    if stored is not None and (config := _planned(arch, tuple(stored.items()), m, n, k, group, packed)):
         return config
-    return heuristic(arch, m, n, k, group)
+    return heuristic(arch, m, n, k, group, packed)
 
 
 @functools.lru_cache(maxsize=4096)
-def _planned(arch: int, stored: tuple[tuple[str, object], ...], m: int, n: int, k: int, group: int) -> Config | None:
-    return next((c for c in candidates(arch, m, n, k, group) if asdict(c) == dict(stored)), None)
+def _planned(
+    arch: int, stored: tuple[tuple[str, object], ...], m: int, n: int, k: int, group: int, packed: bool
+) -> Config | None:
+    return next((c for c in candidates(arch, m, n, k, group, packed) if asdict(c) == dict(stored)), None)

