@@ -45,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exit codes: 0 done, 1 failed (one sentence on stderr; ``--debug`` raises instead), 2 wrong usage.
     """
-    # Read by torch when it is imported. Huge pages for large buffers: memory-bound CPU kernels gain 2x and more.
+    # Read when torch is imported. Huge pages for large buffers: memory-bound CPU kernels gain 2x and more. GNU OpenMP
+    # threads spin for milliseconds before they sleep: on a machine that others use too, each waits for one that the
+    # system has put aside, and everything takes 20 times as long. This many turns are some tens of microseconds.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:

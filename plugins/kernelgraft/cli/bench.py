@@ -113,7 +113,7 @@ def _subject(name: str, device: str, sizes: dict[str, int], args: tuple[Any, ...
     peer_name, function, operands = peer
     expected = function(*operands)
     runs: dict[str, Callable[[], Any]] = {peer_name: turned(function, *operands)}
-    contexts = {}
+    contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {}
     for backend, verdict in op.explain(device, *args).items():
         if verdict not in ("runs", "ready"):
             continue

@@ -46,10 +46,12 @@ class Serving:
 
 
 def run(context: Context) -> SectionResult:
-    from kernelgraft.builtin.awq import kernelgraft_info
+    import kernelgraft
 
-    vllm = next(host for host in kernelgraft_info().hosts if host.module == "vllm")
-    host = serving.choose_host(context.engine, vllm)  # before minutes of work
+    # What can be refused is refused before minutes of work.
+    handle = kernelgraft.load_plugin("awq", host="transformers")
+    vllm = next(host for host in handle.info.hosts if host.module == "vllm")
+    host = serving.choose_host(context.engine, vllm)
     original = context.model or _materialize(context)
     models = {"original": original, "rtn": context.work / "rtn", "awq": context.work / "awq"}
     quality = _measure_quality(context, models)
@@ -76,7 +78,6 @@ def _materialize(context: Context) -> Path:
 def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
     from transformers import AutoModelForCausalLM
 
-    import kernelgraft
     from kernelgraft_core.quant.awq import BlockResult
     from kernelgraft_transformers.quantize import SourceModel, load_source, quantize_checkpoint
     from kernelgraft_transformers.quiet import quiet
@@ -113,6 +114,7 @@ def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
                 text_name=context.calibration.name,
                 recipe=recipe,
                 calibration=Calibration(samples, effort.length),
+                overwrite=True,  # of an earlier run that was kept
                 on_block=show,
             )
 
@@ -122,7 +124,6 @@ def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
     records = {"awq": quantize(source, "awq", effort.samples)}
     del source  # it has become the quantized model
     records["rtn"] = quantize(load(), "rtn", min(effort.samples, ROUNDING_SAMPLES))
-    kernelgraft.load_plugin("awq")
     for name in ("rtn", "awq"):
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(models[name], dtype="float32").to(context.device).eval()
@@ -204,7 +205,7 @@ def _verdict(quality: Quality, served: Serving | None, sizes: dict[str, int]) ->
 def _table(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> Table:
     rows: list[tuple[str, ...]] = [
         ("perplexity", *(f"{quality.perplexity[name]:.3f}" for name in NAMES)),
-        ("gap to rounding closed", "–", "0 %", "–" if quality.closed is None else f"{quality.closed:.0%}"),
+        ("gap closed", "–", "0%", "–" if quality.closed is None else f"{quality.closed:.0%}"),
         ("file", *(count_bytes(sizes[name]) for name in NAMES)),
         ("time to quantize", "–", *(f"{quality.records[name]['seconds']:.0f} s" for name in ("rtn", "awq"))),
     ]
@@ -253,10 +254,10 @@ def _figures(quality: Quality, served: Serving | None, sizes: dict[str, int]) ->
     better = sum(layer["error_after"] < layer["error_before"] for layer in layers)
     labels = (NAMES["rtn"], NAMES["awq"])
     figures = [
-        Figure("Perplexity, lower is better", plots.draw(paint_perplexity, 7.2, 1.9), f"Perplexity: {words}."),
+        Figure("Perplexity, lower is better", plots.draw(paint_perplexity, 9.6, 1.9), f"Perplexity: {words}."),
         Figure(
             "Speed and size" if served else "Size",
-            plots.draw(paint_cost, 7.2, 2.9 if served else 1.5),
+            plots.draw(paint_cost, 9.6, 3.0 if served else 1.5),
             "Bars of the original beside AWQ; the table above has the numbers.",
         ),
         Figure(
@@ -270,7 +271,7 @@ def _figures(quality: Quality, served: Serving | None, sizes: dict[str, int]) ->
         figures.append(
             Figure(
                 "Which scales the search chose",
-                plots.draw(lambda figure: plots.exponents(figure.subplots(), layers, points), 7.2, 2.6),
+                plots.draw(lambda figure: plots.exponents(figure.subplots(), layers, points), 9.6, 2.6),
                 "Histogram of the scale exponents over the layers, by the form of the scale.",
             )
         )

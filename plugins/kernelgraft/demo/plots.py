@@ -33,6 +33,7 @@ def draw(paint: Callable[[Any], None], width: float, height: float) -> str:
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
         paint(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

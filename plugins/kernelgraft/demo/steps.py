@@ -31,7 +31,10 @@ class Steps:
         started = time.perf_counter()
         shown = escape(title)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True) as progress:
+        silent = not self._console.is_terminal
+        with Progress(
+            *columns, TimeElapsedColumn(), console=self._console, transient=True, disable=silent
+        ) as progress:
             task = progress.add_task(shown, total=None)
 
             def report(done: int, total: int, detail: str = "") -> None:

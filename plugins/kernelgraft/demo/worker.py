@@ -35,7 +35,7 @@ class TransformersEngine:
         import kernelgraft
 
         if quantization:
-            kernelgraft.load_plugin("awq")
+            kernelgraft.load_plugin("awq", host="transformers")
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(self._device).eval()
 

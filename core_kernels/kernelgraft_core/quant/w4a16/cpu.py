@@ -2,8 +2,8 @@
 
 Which of the two runs depends on the number of tokens and on the processor: the integer kernel reads four bits per
 weight and wins while memory or 16-bit integer arithmetic is the limit; a processor with bfloat16 matrix instructions
-does large batches faster on dequantized blocks. ``kernelgraft tune`` measures where that turns. Without numba, PyTorch's
-own int4 kernel takes the place of ours.
+does large batches faster on dequantized blocks. ``kernelgraft tune`` measures where that turns. Without numba,
+PyTorch's own int4 kernel takes the place of ours.
 """
 
 from __future__ import annotations
