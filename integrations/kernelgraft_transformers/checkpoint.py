@@ -43,14 +43,15 @@ def replaced_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         fresh.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.rename(path, old / "model")
             try:
+                os.rename(path, old / "model")
                 os.rename(fresh, path)
-            except OSError:
-                os.rename(old / "model", path)
+            except BaseException:  # Ctrl-C between the two included
+                if (old / "model").exists() and not path.exists():
+                    os.rename(old / "model", path)
+                old.rmdir()
                 raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(fresh, path)
     finally:

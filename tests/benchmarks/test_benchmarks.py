@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernelgraft_core.runtime import timing
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -193,7 +195,7 @@ def test_every_peer_of_w4a16_computes_the_same_layer(benchmarks, monkeypatch):
     cases = benchmarks["cases"]
     monkeypatch.setattr(cases, "require_backend", lambda *_: None)  # whichever backend runs here
     case = cases.CASES["cpu", "w4a16"]
-    monkeypatch.setattr(cases, "cpu_info", lambda: type("Cpu", (), {"last_level_cache": 1 << 16})())
+    monkeypatch.setattr(timing.devices, "cpu_info", lambda: type("Cpu", (), {"last_level_cache": 1 << 16})())
     prepared = case.prepare({"m": 3, "n": 64, "k": 256})
     from kernelgraft_core.runtime.testing import assert_close
 

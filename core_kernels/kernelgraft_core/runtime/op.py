@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._C import _any_requires_grad, _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch.autograd import forward_ad
 
 from .errors import NoBackendError
 
@@ -61,8 +62,8 @@ class Op:
         autocast: arguments that ``torch.autocast`` converts to its dtype, as it does for ``F.linear``; float64 stays.
             Without it the op takes its arguments as they are.
 
-    Calling the op dispatches through torch. It raises :class:`NoBackendError` when nothing can run the call and
-    TypeError when an argument is a ``DTensor``.
+    Calling the op dispatches through torch. It raises :class:`NoBackendError` when nothing can run the call,
+    TypeError when an argument is a ``DTensor``, and NotImplementedError for forward-mode gradients.
 
     Raises:
         ValueError: the schema has defaults or keyword-only arguments, or autocast names no argument of it.
@@ -107,6 +108,8 @@ class Op:
             # By name: importing DTensor costs half a second, and whoever has one has imported it.
             if type(argument).__name__ == "DTensor":
                 raise TypeError(f"{self.name} takes no DTensor ({self._name_of(argument, args)}): pass its .to_local()")
+        if forward_ad._current_level >= 0:
+            self._refuse_forward_mode(args)
         if (
             torch.compiler.is_compiling()
             or _are_functorch_transforms_active()
@@ -198,6 +201,12 @@ class Op:
 
     def _refuse_gradient(self, *_: Any) -> None:
         raise NotImplementedError(f"{self.name} has no gradient")
+
+    def _refuse_forward_mode(self, args: tuple[Any, ...]) -> None:
+        # torch would drop the tangent in silence: register_autograd knows reverse mode only.
+        for argument in args:
+            if isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+                raise NotImplementedError(f"{self.name} has no forward-mode gradient ({self._name_of(argument, args)})")
 
     def _name_of(self, argument: Any, args: tuple[Any, ...]) -> str:
         return next(name for name, arg in zip(self._arguments, args, strict=False) if arg is argument)

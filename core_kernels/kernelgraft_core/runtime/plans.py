@@ -317,8 +317,8 @@ def _check_owner(directory: Path) -> None:
     status = directory.stat()
     if status.st_uid != os.getuid():
         raise PermissionError(f"{directory} belongs to user {status.st_uid}, not to {os.getuid()}")
-    if status.st_mode & stat.S_IWOTH:
-        raise PermissionError(f"{directory} is writable by everybody (mode {stat.S_IMODE(status.st_mode):o})")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{directory} is writable by others (mode {stat.S_IMODE(status.st_mode):o})")
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from . import HOME_PROCESS
+
 log = logging.getLogger("kernelgraft")
-_home = os.getpid()
 _lock = threading.Lock()
 _pool: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -81,7 +82,7 @@ def parallel_for(
 
 def available_threads() -> int:
     """How many threads :func:`parallel_for` uses now: ``torch.get_num_threads()``, or 1 in a forked child."""
-    if os.getpid() != _home:
+    if os.getpid() != HOME_PROCESS:
         _say_forked()
         return 1
     return torch.get_num_threads()
@@ -89,7 +90,7 @@ def available_threads() -> int:
 
 def mechanism() -> str:
     """What splits the work in this process, for reports: ``"openmp"``, ``"pool"`` or ``"one thread (forked)"``."""
-    if os.getpid() != _home:
+    if os.getpid() != HOME_PROCESS:
         return "one thread (forked)"
     return "pool" if _openmp_team() is None else "openmp"
 

@@ -40,6 +40,16 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
     # Nothing to do: main has taken --debug off the command line, so that it may stand anywhere.
 
 
+_EXTRAS = {
+    "torch": "torch, in the build for your machine",
+    "transformers": "'kernelgraft[transformers]'",
+    "accelerate": "'kernelgraft[transformers]'",
+    "numba": "'kernelgraft[cpu]'",
+    "jinja2": "'kernelgraft[demo]'",
+    "matplotlib": "'kernelgraft[demo]'",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, by default the process's own, and exit.
 
@@ -54,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     try:
         app([argument for argument in given if argument != "--debug"])
-    except (KernelgraftError, ValueError, OSError) as error:
+    except (KernelgraftError, ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
             raise
-        print(f"kernelgraft: {' '.join(str(error).split())}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+            sentence += f": pip install {_EXTRAS[error.name]}"
+        print(f"kernelgraft: {sentence}", file=sys.stderr)
         raise SystemExit(1) from None

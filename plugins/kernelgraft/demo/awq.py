@@ -10,7 +10,7 @@ from typing import Any
 from kernelgraft.cli.console import count_bytes
 
 from . import plots, serving
-from .sections import Context, Dialogue, Figure, Section, SectionResult, Table, Text
+from .sections import Context, Dialogue, Figure, Section, SectionResult, Table
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
 ANSWER_TOKENS = 64
@@ -308,16 +308,17 @@ def _notes(context: Context, host: serving.Host, quality: Quality, served: Servi
 
 
 def _commands(context: Context, models: dict[str, Path], record: dict[str, Any]) -> tuple[str, ...]:
-    calibration = record["calibration"]
-    model = shlex.quote(str(models["original"]))
-    samples = f"--samples {calibration['samples']} --seqlen {calibration['length']}"
-    calib, text = (_file_option(*pair) for pair in (("--calib", context.calibration), ("--text", context.measured)))
-    return (
-        f"kernelgraft quantize {model} --out ./awq --recipe awq {samples}{calib}",
-        f"kernelgraft ppl ./awq --windows {context.effort.windows} --seqlen {context.effort.length}{text}",
-        "vllm serve ./awq --quantization kernelgraft_awq",
-    )
-
-
-def _file_option(option: str, text: Text) -> str:
-    return f" {option} {shlex.quote(text.name)}" if Path(text.name).is_file() else ""
+    calibration, effort = record["calibration"], context.effort
+    quantize = [
+        "kernelgraft",
+        "quantize",
+        str(models["original"]),
+        "--out",
+        "awq",
+        "--calib",
+        str(context.calibration.path),
+    ]
+    quantize += ["--samples", str(calibration["samples"]), "--seqlen", str(calibration["length"])]
+    measure = ["kernelgraft", "ppl", "awq", "--text", str(context.measured.path)]
+    measure += ["--windows", str(effort.windows), "--seqlen", str(effort.length)]
+    return (shlex.join(quantize), shlex.join(measure), "vllm serve awq --quantization kernelgraft_awq")

@@ -14,6 +14,7 @@ def draw(paint: Callable[[Any], None], width: float, height: float) -> str:
     """An SVG of ``width`` by ``height`` inches. ``paint`` is given matplotlib's ``Figure``."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     style = {
         "font.size": 9.5,
@@ -32,8 +33,7 @@ def draw(paint: Callable[[Any], None], width: float, height: float) -> str:
         "svg.hashsalt": "kernelgraft",  # the same numbers give the same file
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
         paint(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import os
 import shlex
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .files import write_whole
 from .runner import Outcome, Run
 from .sections import FAST, Figure
 
@@ -35,8 +33,8 @@ SHOWN = (
 def write_reports(run: Run) -> Path:
     """Write both files into the run's folder, each in one step, and give the path of the HTML file."""
     out = run.request.out
-    _write(out / "demo.json", json.dumps(as_data(run), indent=1) + "\n")
-    _write(out / "report.html", render(run))
+    write_whole(out / "demo.json", json.dumps(as_data(run), indent=1) + "\n")
+    write_whole(out / "report.html", render(run))
     return out / "report.html"
 
 
@@ -95,18 +93,3 @@ def _section_data(outcome: Outcome) -> dict[str, Any]:
 def _image_source(figure: Figure) -> str:
     # As images and not as markup: two inline drawings would share the names inside them.
     return "data:image/svg+xml;base64," + base64.b64encode(figure.svg.encode()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

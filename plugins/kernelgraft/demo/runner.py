@@ -7,13 +7,14 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kernelgraft.errors import KernelgraftError
 
-from .sections import NAMES, Context, Effort, Section, SectionResult, find_section
+from .files import write_whole
+from .sections import NAMES, Context, Effort, Section, SectionResult, Text, find_section
 from .steps import Steps
 from .texts import choose_texts
 
@@ -75,6 +76,8 @@ def run_demo(request: Request, console: Any) -> Run:
         raise KernelgraftError(f"the report needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     calibration, measured = choose_texts(request.text, request.calibration)
     request.out.mkdir(parents=True, exist_ok=True)
+    calibration = _in_a_file(calibration, request.out / "calibration.txt")
+    measured = _in_a_file(measured, request.out / "measured.txt")
     started = time.perf_counter()
     outcomes = []
     for section in sections:
@@ -94,6 +97,14 @@ def run_demo(request: Request, console: Any) -> Run:
             )
             outcomes.append(_run(section, context))
     return Run(request, tuple(outcomes), _environment(), time.perf_counter() - started)
+
+
+def _in_a_file(text: Text, path: Path) -> Text:
+    """The text as it is when it came from a file; else in ``path``, for the commands that the report gives."""
+    if text.path is not None:
+        return text
+    write_whole(path, text.content)
+    return replace(text, path=path)
 
 
 def _run(section: Section, context: Context) -> Outcome:

@@ -16,10 +16,11 @@ NAMES = ("awq",)
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what messages and the report call it."""
+    """A text, what messages and the report call it, and the file that holds it, None before there is one."""
 
     name: str
     content: str
+    path: Path | None = None
 
 
 @dataclass(frozen=True)

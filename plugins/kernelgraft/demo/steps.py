@@ -32,9 +32,7 @@ class Steps:
         shown = escape(title)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
         silent = not self._console.is_terminal
-        with Progress(
-            *columns, TimeElapsedColumn(), console=self._console, transient=True, disable=silent
-        ) as progress:
+        with Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True, disable=silent) as progress:
             task = progress.add_task(shown, total=None)
 
             def report(done: int, total: int, detail: str = "") -> None:

@@ -31,10 +31,17 @@ def choose_texts(measured: Path | None, calibration: Path | None) -> tuple[Text,
 def _read(path: Path | None) -> Text | None:
     from kernelgraft_transformers.texts import read_text
 
-    return None if path is None else Text(str(path), read_text(path))
+    return None if path is None else Text(str(path), read_text(path), path)
 
 
 def _halves(text: str) -> tuple[str, str]:
-    """Cut at the paragraph that is nearest after the middle."""
-    middle = text.index("\n\n", len(text) // 2)
-    return text[:middle], text[middle:].lstrip()
+    """Two halves that share no paragraph: the documentation says many things twice, with another indentation."""
+    once: dict[str, str] = {}
+    for paragraph in text.split("\n\n"):
+        once.setdefault(" ".join(paragraph.split()), paragraph)
+    paragraphs = list(once.values())
+    half, cut = sum(map(len, paragraphs)) / 2, 0
+    while half > 0:
+        half -= len(paragraphs[cut])
+        cut += 1
+    return "\n\n".join(paragraphs[:cut]), "\n\n".join(paragraphs[cut:])

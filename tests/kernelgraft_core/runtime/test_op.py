@@ -315,3 +315,16 @@ def test_a_deferred_function_is_imported_at_its_first_call(tmp_path, monkeypatch
 
 def test_every_op_is_listed_by_name(scale):
     assert registered_ops()[scale.name] is scale
+
+
+def test_a_forward_mode_gradient_is_refused_rather_than_dropped():
+    from torch.autograd import forward_ad
+
+    from kernelgraft_core.quant.w4a16 import w4a16_linear
+    from kernelgraft_core.quant.w4a16.examples import example_args
+
+    x, *weight = example_args("cpu")["w4a16_linear"]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=r"w4a16_linear has no forward-mode gradient \(x\)"):
+            w4a16_linear(dual, *weight)

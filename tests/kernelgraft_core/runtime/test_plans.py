@@ -228,7 +228,7 @@ def test_a_directory_that_everybody_can_write_is_refused(store, caplog):
     store.directory.chmod(0o777)
     reader = again(store)
     assert reader.lookup("gemm", 1, ARCH, SHAPE) is None
-    assert "is writable by everybody (mode 777)" in caplog.text
+    assert "is writable by others (mode 777)" in caplog.text
     before = store.path(ARCH).read_bytes()
     assert tuned(reader, 8) == {"tile": 8}
     assert store.path(ARCH).read_bytes() == before

@@ -175,6 +175,10 @@ class _Launch:
     scales_at: int
     scratch: int
 
+    @property
+    def blocks(self) -> int:
+        return self.sizes[4]
+
 
 @functools.lru_cache(maxsize=4096)
 def _launch(tokens: int, n: int, k: int, groups: int) -> _Launch:
@@ -192,23 +196,52 @@ def _launch(tokens: int, n: int, k: int, groups: int) -> _Launch:
     )
 
 
-_Arguments = ctypes.c_int64 * 12
+_Arguments = ctypes.c_int64 * 13
 
 
 def _integer_linear(x: Tensor, weight: W4A16Weight) -> Tensor:
-    (tokens, k), n = x.shape, weight.qweight.shape[0]
-    launch = _launch(tokens, n, k, weight.scales.shape[1])
     x = x.to(torch.float32).contiguous()
+    out, uneven = _integer_product(x, weight)
+    if uneven:
+        # In some block one value leaves the others too few of the 16 bits: add the product of what rounding left over.
+        tokens, rest = _left_over(x, x.shape[1] // _launch_for(x, weight).blocks)
+        out[tokens] += _integer_product(rest, weight)[0]
+    return out
+
+
+def _left_over(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Indices of tokens with an uneven block, and what the kernel's rounding dropped of them; its own arithmetic."""
+    from .cpu_kernel import EVEN, LARGEST
+
+    blocks = x.view(len(x), -1, block)
+    size = blocks.abs()
+    largest = size.amax(-1)
+    others = (size.sum(-1) - largest) / (block - 1)
+    tokens = ((others * EVEN < largest) & largest.isfinite()).any(-1).nonzero().flatten()
+    blocks, largest = blocks[tokens], largest[tokens].unsqueeze(-1)
+    kept = (blocks * (LARGEST / largest)).round() * (largest / LARGEST)
+    rest = torch.where(largest > 1e-30, blocks - kept, 0.0)  # a block of zeros, or one that is not finite, adds nothing
+    return tokens, rest.nan_to_num(0.0, 0.0, 0.0).reshape(len(tokens), -1)
+
+
+def _launch_for(x: Tensor, weight: W4A16Weight) -> _Launch:
+    return _launch(len(x), weight.qweight.shape[0], x.shape[1], weight.scales.shape[1])
+
+
+def _integer_product(x: Tensor, weight: W4A16Weight) -> tuple[Tensor, bool]:
+    """The product of float32 ``x``, and whether some block of it was uneven."""
+    launch = _launch_for(x, weight)
+    tokens, n = launch.sizes[:2]
     scratch = torch.empty(launch.scratch, dtype=torch.uint8)
     out = torch.empty(tokens, n)
     integers = scratch.data_ptr()
     args = _Arguments(
         *launch.sizes, x.data_ptr(), integers, integers + launch.scales_at, weight.qweight.data_ptr(),
-        weight.scales.data_ptr(), weight.zeros.data_ptr(), out.data_ptr(),
+        weight.scales.data_ptr(), weight.zeros.data_ptr(), out.data_ptr(), 0,
     )  # fmt: skip
     parallel_for(launch.quantize, args, tokens, grain=4)
     parallel_for(launch.kernel, args, (n + 3) // 4, grain=8)
-    return out
+    return out, bool(args[-1])
 
 
 def _blocks(weight: W4A16Weight) -> list[tuple[int, int]]:
@@ -226,7 +259,7 @@ def _dequantize_block(weight: W4A16Weight, first: int, last: int, dtype: torch.d
     out = torch.empty(last - first, weight.in_features)
     args = _Arguments(
         0, last - first, weight.in_features, weight.scales.shape[1], 0, 0, 0, 0, weight.qweight[first:].data_ptr(),
-        weight.scales[first:].data_ptr(), weight.zeros[first:].data_ptr(), out.data_ptr(),
+        weight.scales[first:].data_ptr(), weight.zeros[first:].data_ptr(), out.data_ptr(), 0,
     )  # fmt: skip
     parallel_for(kernel.dequantize_rows.address, args, last - first, grain=16)
     return out.to(dtype)
@@ -254,7 +287,7 @@ def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # PyTorch's packed copy of a weight, for as long as the weight lives. Keyed by identity: tensors compare elementwise.
-_int4packs: dict[int, tuple[Tensor, dict[torch.dtype, Tensor]]] = {}
+_int4packs: dict[int, tuple[int, Tensor]] = {}
 
 
 def _int4pack_reason(weight: W4A16Weight) -> str | None:
@@ -264,15 +297,14 @@ def _int4pack_reason(weight: W4A16Weight) -> str | None:
 
 
 def _int4pack_linear(x: Tensor, weight: W4A16Weight) -> Tensor:
-    key = id(weight.qweight)
-    if key not in _int4packs:
-        packed = torch._convert_weight_to_int4pack_for_cpu(weight.integers().to(torch.int32), 1)
-        _int4packs[key] = packed, {}
-        weakref.finalize(weight.qweight, _int4packs.pop, key, None)
-    packed, scales_and_zeros = _int4packs[key]
-    if x.dtype not in scales_and_zeros:
-        scales = weight.scales.float()
-        # PyTorch's kernel computes (q - 8) * scale + zero.
-        shifts = (8 - weight.zeros.float()) * scales
-        scales_and_zeros[x.dtype] = torch.stack((scales.T, shifts.T), -1).to(x.dtype).contiguous()
-    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, weight.group_size, scales_and_zeros[x.dtype])
+    key, version = id(weight.qweight), 0 if weight.qweight.is_inference() else weight.qweight._version
+    if _int4packs.get(key, (-1, None))[0] != version:
+        if key not in _int4packs:
+            weakref.finalize(weight.qweight, _int4packs.pop, key, None)
+        _int4packs[key] = version, torch._convert_weight_to_int4pack_for_cpu(weight.integers().to(torch.int32), 1)
+    # Scales are put together anew each time: they may be other ones, and there are few. PyTorch's kernel computes
+    # (q - 8) * scale + zero.
+    scales = weight.scales.float()
+    shifts = (8 - weight.zeros.float()) * scales
+    both = torch.stack((scales.T, shifts.T), -1).to(x.dtype).contiguous()
+    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), _int4packs[key][1], weight.group_size, both)

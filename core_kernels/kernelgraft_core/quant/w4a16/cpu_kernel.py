@@ -1,12 +1,14 @@
 """The CPU kernel of ``w4a16_linear``: 16-bit integer dot products on packed nibbles, compiled by numba, no C compiler.
 
 Activations become 16-bit block floating point: every block of at most 256 values along K, never larger than a weight
-group, is scaled so that its largest magnitude is 32767. That keeps at least as many bits as bfloat16 has for every
-value within 2**-7 of the block's largest and bounds the absolute error of the others by the same step. The product
+group, is scaled so that its largest magnitude is 32767. Every value is then off by at most half a step. The product
 becomes ``sum(q * xq)``, exact in 32-bit integers: a word of eight weights gives, shifted and masked, two 16-bit lanes
 that one multiply-add instruction (``vpmaddwd`` on x86) consumes, sixteen products at a time with AVX2.
 
     y[m, n] = sum_b  xs[m, b] * scale[n, b] * (sum_k q[n, k] * xq[m, k]  -  zero[n, b] * sum_k xq[m, k])
+
+A block whose largest value dwarfs the others is reported as uneven; the caller then multiplies what rounding left over
+in a second pass, which makes such tokens more exact than the rest.
 
 A chunk is 64 neighbours along K, 32 bytes of a weight row. Seen as sixteen 16-bit lanes, lane ``2 t + h`` holds
 elements ``8 t + 2 p + h`` in its four nibbles ``p`` (:mod:`kernelgraft_core.quant.int4`), so the activations of a chunk
@@ -31,6 +33,8 @@ from kernelgraft_core.runtime.native import cpu_kernel, pointer
 CHUNK = 64  # weights in one 256-bit vector
 LANES = 16
 TILE = 4  # rows of the weight, or of the activations, that one microkernel handles together
+LARGEST = 32767  # what a block's largest magnitude becomes
+EVEN = 64  # a block is uneven when its largest magnitude is more than this many times the mean of the others
 PANEL = 32  # weight rows whose scales are unpacked together; their nibbles stay in the second-level cache
 
 _I16, _I32, _I64, _F16, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
@@ -236,8 +240,8 @@ def _load_half(typing_context: Any, address: Any) -> Any:
 
 
 # What both kernels are told: one int64 array, in this order.
-TOKENS, ROWS, K, GROUPS, BLOCKS, X, XQ, X_SCALE, QWEIGHT, SCALES, ZEROS, OUT = range(12)
-ARGUMENTS = 12
+# The last is set to 1 by quantize_tokens when a block was uneven.
+TOKENS, ROWS, K, GROUPS, BLOCKS, X, XQ, X_SCALE, QWEIGHT, SCALES, ZEROS, OUT, UNEVEN = range(13)
 
 
 @cpu_kernel(fastmath={"contract"})
@@ -269,6 +273,7 @@ def quantize_tokens(start: int, stop: int, args: Any) -> None:
             as_bits[0] = largest_bits
             largest = as_float[0]
             total: Any = np.int32(0)
+            sizes: Any = np.int32(0)
             scale = np.float32(0)
             if largest_bits >= np.int32(0x7F800000):
                 scale = np.float32(np.nan)
@@ -276,12 +281,15 @@ def quantize_tokens(start: int, stop: int, args: Any) -> None:
             elif largest <= np.float32(1e-30):
                 rounded[:] = 0
             else:
-                scale = largest / np.float32(32767)
-                inverse = np.float32(32767) / largest
+                scale = largest / np.float32(LARGEST)
+                inverse = np.float32(LARGEST) / largest
                 for j in range(block):
                     value = np.int32(np.rint(x[m, i * block + j] * inverse))
                     rounded[j] = np.int16(value)
                     total += value
+                    sizes += abs(value)
+                if (sizes - LARGEST) * EVEN < LARGEST * (block - 1):
+                    args[UNEVEN] = 1
             for t in range(block // 8):
                 step = i * block // 8 + t
                 at = (base + step // 8 * stride) // 2 + step % 8

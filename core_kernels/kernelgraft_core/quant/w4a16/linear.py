@@ -43,7 +43,7 @@ class AwqLinear(nn.Module):
     ) -> None:
         super().__init__()
         size = in_features if group_size == -1 else group_size
-        if size <= 0 or in_features % size or out_features % 8:
+        if size <= 0 or size % 8 or in_features % size or out_features % 8:
             raise ValueError(
                 f"an AWQ layer of {in_features} x {out_features} cannot have group size {group_size}: "
                 "it must divide the inputs, and 8 the outputs"

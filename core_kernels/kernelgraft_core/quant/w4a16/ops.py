@@ -41,6 +41,13 @@ _dequantize_w4a16 = Op(
     "dequantize_w4a16(Tensor qweight, Tensor scales, Tensor zeros, ScalarType dtype) -> Tensor",
     fake=lambda qweight, scales, zeros, dtype: qweight.new_empty((qweight.shape[0], qweight.shape[1] * 8), dtype=dtype),
 )
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _without_triton(*_: Any) -> str:
+    return "Triton is not installed"
+
+
 for _op in (_w4a16_linear, _w4a16_linear_dgrad, _dequantize_w4a16):
     _op.register(Implementation("reference", getattr(reference, _op.name), ("cpu", "cuda")))
     _op.register(
@@ -52,16 +59,16 @@ for _op in (_w4a16_linear, _w4a16_linear_dgrad, _dequantize_w4a16):
             supports=deferred(f"{__package__}.cpu", f"supports_{_op.name}"),
         )
     )
-    if importlib.util.find_spec("triton"):  # imported at first use: importing the ops must not start Triton
-        _op.register(
-            Implementation(
-                "triton",
-                deferred(f"{__package__}.triton", _op.name),
-                ("cuda",),
-                priority=10,
-                supports=deferred(f"{__package__}.triton", f"supports_{_op.name}"),
-            )
+    _op.register(
+        Implementation(
+            "triton",
+            deferred(f"{__package__}.triton", _op.name),
+            ("cuda",),
+            priority=10,
+            # Imported at first use: importing the ops must not start Triton.
+            supports=deferred(f"{__package__}.triton", f"supports_{_op.name}") if _HAS_TRITON else _without_triton,
         )
+    )
 
 
 def _check_weight(qweight: Tensor, scales: Tensor, zeros: Tensor) -> None:

@@ -509,3 +509,24 @@ def test_the_kernel_for_other_processors_agrees(tmp_path):
         check=True,
     )
     assert all(error < RATIO[torch.float32] for error in json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("outlier", [10.0, 100.0, 1000.0, 5000.0])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_an_outlier_that_the_weight_ignores_costs_less_than_bfloat16_does(outlier, tokens):
+    # The worst case of block floating point: one huge activation whose own weights are zero.
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (64, 256), generator=generator)
+    zeros = torch.randint(0, 16, (64, 2), generator=generator)
+    q[:, 5] = zeros[:, 0]
+    weight = W4A16Weight.from_integers(q, torch.rand(64, 2, generator=generator) * 0.01 + 0.001, zeros)
+    arguments = (weight.qweight, weight.scales, weight.zeros)
+    x = torch.randn(tokens, 256, generator=generator)
+    x[0, 5] = outlier
+    exact = reference.w4a16_linear(x.double(), *arguments, None)
+    plain = x.bfloat16() @ reference.dequantize_w4a16(*arguments, torch.bfloat16).T
+
+    def error(out):
+        return float((out[0].double() - exact[0]).norm() / exact[0].norm())
+
+    assert error(w4a16_linear(x, *arguments)) < error(plain) / 10
