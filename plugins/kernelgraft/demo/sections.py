@@ -39,7 +39,7 @@ class Effort:
     rounds: int
 
 
-FULL = Effort(windows=24, samples=32, length=512, new_tokens=64, rounds=3)
+FULL = Effort(windows=16, samples=32, length=512, new_tokens=64, rounds=3)
 FAST = Effort(windows=2, samples=2, length=128, new_tokens=8, rounds=1)
 
 
