@@ -17,6 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Another TORCH is another stamp: the environment is then brought in line with it.
 READY := $(VENV)/.ready-$(shell printf "%s" "$(TORCH)" | cksum | cut -d" " -f1)
 
+# OpenMP threads that wait spin for milliseconds by default: beside any other busy process that makes all wait.
+export GOMP_SPINCOUNT ?= 1000
+
 .PHONY: setup demo test test-all lint format bench clean
 setup: $(READY)
 
