@@ -114,6 +114,8 @@ def quantize_checkpoint(
     """
     if recipe not in RECIPES:
         raise ValueError(f"no recipe {recipe!r}; there are {', '.join(sorted(RECIPES))}")
+    if out.exists() and Path(source.name).exists() and out.samefile(source.name):
+        raise ValueError(f"{out} is the model to be quantized; write to another directory")
     check_replaceable(out, overwrite=overwrite)
     model, calibration = source.model, calibration or Calibration()
     size = choose_group_size(model) if group_size is None else group_size

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .builtin_text import BUILT_IN_TEXT, built_in_halves
 from .console import console, count_bytes, escape, table
-
-BUILT_IN_TEXT = "Python's pydoc_data.topics"
 
 
 def quantize(
@@ -19,7 +18,7 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="awq, or rtn (plain rounding, to compare with).")] = "awq",
     text: Annotated[
         Path | None,
-        typer.Option("--calib", help="Calibration text, UTF-8. Default: the documentation in Python itself."),
+        typer.Option("--calib", help="Calibration text, UTF-8. Default: the first half of Python's own documentation."),
     ] = None,
     group_size: Annotated[
         str, typer.Option(help="32, 64, 128, -1 (whole rows) or auto: the largest that divides every layer.")
@@ -43,14 +42,14 @@ def quantize(
 
     size = parse_group_size(group_size)
     check_replaceable(out, overwrite=overwrite)  # before minutes of work
-    content = built_in_text() if text is None else read_text(text)
+    content = built_in_halves()[0] if text is None else read_text(text)
     source = load_source(model)
     with BlockProgress() as progress:
         record = quantize_checkpoint(
             source,
             out,
             content,
-            text_name=BUILT_IN_TEXT if text is None else str(text),
+            text_name=f"{BUILT_IN_TEXT}, first half" if text is None else str(text),
             recipe=recipe,
             group_size=size,
             calibration=Calibration(samples, length, seed),
@@ -107,7 +106,10 @@ def inspect(
 
 def ppl(
     model: Annotated[str, typer.Argument(help="Directory or hub name, quantized or not.")],
-    text: Annotated[Path | None, typer.Option("--text", help="Text to predict, UTF-8. Default: Python's own.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Text to predict, UTF-8. Default: the second half of Python's own documentation."),
+    ] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     length: Annotated[int, typer.Option("--seqlen", help="Tokens in a window.")] = 512,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
@@ -127,7 +129,7 @@ def ppl(
 
     if dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise typer.BadParameter(f"{dtype!r} is not float32, bfloat16, float16 or auto", param_hint="--dtype")
-    content = built_in_text() if text is None else read_text(text)
+    content = built_in_halves()[1] if text is None else read_text(text)
     kernelgraft.load_plugin("awq")
     loaded = load_model(model, dtype)
     tokens = encode(AutoTokenizer.from_pretrained(model), content)
@@ -152,13 +154,6 @@ def parse_group_size(text: str) -> int | None:
     if text not in ("-1", "32", "64", "128"):
         raise typer.BadParameter(f"{text!r} is not auto, 32, 64, 128 or -1", param_hint="--group-size")
     return int(text)
-
-
-def built_in_text() -> str:
-    """About 700 kB of English prose about Python that comes with every CPython."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 class BlockProgress:

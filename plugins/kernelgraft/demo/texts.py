@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kernelgraft.cli.models import BUILT_IN_TEXT, built_in_text
+from kernelgraft.cli.builtin_text import BUILT_IN_TEXT, built_in_halves
 
 from .sections import Text
 
@@ -17,7 +17,7 @@ def choose_texts(measured: Path | None, calibration: Path | None) -> tuple[Text,
     Raises:
         ValueError: a file is empty or no text, or one of the two texts holds the other; OSError: a file cannot be read.
     """
-    first, second = _halves(built_in_text())
+    first, second = built_in_halves()
     calibrate = _read(calibration) or Text(f"{BUILT_IN_TEXT}, first half", first)
     measure = _read(measured) or Text(f"{BUILT_IN_TEXT}, second half", second)
     small, large = sorted((calibrate.content.strip(), measure.content.strip()), key=len)
@@ -32,16 +32,3 @@ def _read(path: Path | None) -> Text | None:
     from kernelgraft_transformers.texts import read_text
 
     return None if path is None else Text(str(path), read_text(path), path)
-
-
-def _halves(text: str) -> tuple[str, str]:
-    """Two halves that share no paragraph: the documentation says many things twice, with another indentation."""
-    once: dict[str, str] = {}
-    for paragraph in text.split("\n\n"):
-        once.setdefault(" ".join(paragraph.split()), paragraph)
-    paragraphs = list(once.values())
-    half, cut = sum(map(len, paragraphs)) / 2, 0
-    while half > 0:
-        half -= len(paragraphs[cut])
-        cut += 1
-    return "\n\n".join(paragraphs[:cut]), "\n\n".join(paragraphs[cut:])
