@@ -5,17 +5,10 @@ Importing this package does not import vLLM; calling one of its functions does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from kernelgraft_core.runtime.patching import Patches
 
 AWQ_METHOD = "kernelgraft_awq"
 """What a user writes after ``--quantization``."""
-
-
-class Patches(Protocol):
-    """What this package needs of the caller's patch set: a place to leave the way back."""
-
-    def on_undo(self, what: str, undo: Callable[[], None], /) -> object: ...
 
 
 def register_awq(patches: Patches) -> None:

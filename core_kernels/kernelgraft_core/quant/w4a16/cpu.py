@@ -145,8 +145,8 @@ def _say_once(message: str) -> None:
 
 def _block_shape(weight: W4A16Weight) -> tuple[int, int] | None:
     """Chunks of 64 per activation block and blocks per chunk; None where the integer kernel cannot run."""
-    k = weight.qweight.shape[1] * 8
-    return _chunks_and_halves(k // weight.scales.shape[1], k)
+    _, k, group = _sizes(weight)
+    return _chunks_and_halves(group, k)
 
 
 @functools.cache
@@ -184,7 +184,9 @@ class _Launch:
 def _launch(tokens: int, n: int, k: int, groups: int) -> _Launch:
     from . import cpu_kernel
 
-    chunks, halves = _chunks_and_halves(k // groups, k) or (1, 1)
+    shape = _chunks_and_halves(k // groups, k)
+    assert shape is not None  # choose_path sends such weights elsewhere
+    chunks, halves = shape
     blocks = k * halves // (64 * chunks)
     integers, scales = 2 * tokens * k, 32 * ((tokens + 3) // 4) * blocks
     return _Launch(
