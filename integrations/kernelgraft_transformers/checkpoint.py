@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
-from kernelgraft_core.quant.formats.autoawq import pack_gemm
-from kernelgraft_core.quant.w4a16.weight import W4A16Weight
+from kernelgraft_core.quant.formats.layout import Layout, StoredTensor
+from kernelgraft_core.quant.formats.registry import find_layout
 from kernelgraft_core.runtime.errors import CheckpointError
 
+from .shards import DTYPES, INDEX, ShardReader, list_shards
+
+log = logging.getLogger("kernelgraft")
+
 RECORD = "kernelgraft.json"
-INDEX = "model.safetensors.index.json"
+OLD_CONFIG = "quant_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @contextmanager
@@ -68,59 +72,6 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path} is not a model directory (no config.json); it is not replaced")
 
 
-def write_awq(
-    directory: Path, model: Any, tokenizer: Any, weights: Mapping[str, W4A16Weight], record: dict[str, Any],
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
-    """Fill a directory with an AutoAWQ GEMM checkpoint: safetensors, config, tokenizer and the record.
-
-    Args:
-        model: holds everything that is not in ``weights``; that is stored as ``dtype``.
-        weights: by layer name.
-        record: what ``kernelgraft inspect`` shows.
-    """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor for name, tensor in _float_tensors(model, dtype) if name.rpartition(".")[0] not in weights}
-    for name, weight in weights.items():
-        tensors |= {
-            f"{name}.{part}": t for part, t in zip(("qweight", "qzeros", "scales"), pack_gemm(weight), strict=True)
-        }
-        bias = getattr(model.get_submodule(name), "bias", None)
-        if bias is not None:
-            tensors[f"{name}.bias"] = bias.detach().to(dtype)
-    shards = split_torch_state_dict_into_shards(tensors, filename_pattern="model{suffix}.safetensors")
-    for file, names in shards.filename_to_tensors.items():
-        save_file({n: tensors[n].contiguous() for n in names}, directory / file, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2))
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": record["group_size"],
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": None,
-    }
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    (directory / RECORD).write_text(json.dumps(record, indent=2))
-
-
-def _float_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    tied = getattr(model, "_tied_weights_keys", None) or ()
-    skip = set(tied) if getattr(model.config, "tie_word_embeddings", False) else set()
-    for name, tensor in model.state_dict().items():
-        if name not in skip:
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 def load_model(name: str, dtype: torch.dtype | str) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` for inference, from a directory or a hub name.
 
@@ -139,50 +90,62 @@ def describe(directory: Path) -> dict[str, Any]:
     """What a model directory holds, from its files alone: no tensor is read.
 
     Returns:
-        ``config`` (the model's ``quantization_config`` or None, type, layers), ``record`` (ours or None), ``tensors``
-        (count and bytes by dtype) and ``bytes`` on disk.
+        ``quantization_config`` (as stored, or None), ``layout`` (how its layers are stored: format, bits, group size,
+        symmetric or not; None when they are not quantized or in no layout of ours), ``quantized_layers``, ``record``
+        (ours or None), ``tensors`` (count and elements by dtype) and ``bytes`` on disk.
 
     Raises:
         CheckpointError: no config, a truncated or missing safetensors file, or packed tensors that do not fit the
             quantization_config; the message names the file.
     """
-    config = _read_json(directory / "config.json")
-    record = _read_json(directory / RECORD) if (directory / RECORD).exists() else None
-    files = sorted(directory.glob("*.safetensors"))
-    if (directory / INDEX).exists():
-        named = set(_read_json(directory / INDEX).get("weight_map", {}).values())
-        if absent := sorted(named - {file.name for file in files}):
-            raise CheckpointError(f"{directory / INDEX} names {', '.join(absent)}, which is not there")
-    if not files:
-        raise CheckpointError(f"{directory} holds no .safetensors file")
+    config = read_json(directory / "config.json")
+    record = read_json(directory / RECORD) if (directory / RECORD).exists() else None
+    files = list_shards(directory)
     stored = read_headers(files)
+    check_index(directory / INDEX, stored)
     by_dtype: dict[str, dict[str, int]] = {}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     for tensor in stored.values():
-        row = by_dtype.setdefault(tensor.dtype, {"tensors": 0, "elements": 0})
+        row = by_dtype.setdefault(names[tensor.dtype], {"tensors": 0, "elements": 0})
         row["tensors"] += 1
         row["elements"] += torch.Size(tensor.shape).numel()
-    quantization = config.get("quantization_config")
-    if quantization and quantization.get("quant_method") == "awq":
-        check_awq_tensors(stored, quantization.get("group_size", quantization.get("q_group_size", 128)), directory)
+    quantization = read_quantization_config(directory, config)
+    layout, layers = None, sum(name.endswith(".qweight") for name in stored)
+    if quantization:
+        try:
+            layout = find_layout(quantization, stored)
+        except CheckpointError as error:
+            log.info("%s: its layers are not checked: %s", directory, error)
+        else:
+            layers = len(check_layers(stored, layout, directory))
     return {
         "path": str(directory),
         "model_type": config.get("model_type"),
         "layers": config.get("num_hidden_layers"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "quantization_config": quantization,
+        "layout": layout
+        and {
+            "format": layout.label,
+            "bits": layout.bits,
+            "group_size": layout.group_size,
+            "symmetric": layout.symmetric,
+        },
         "tensors": by_dtype,
-        "quantized_layers": sum(name.endswith(".qweight") for name in stored),
+        "quantized_layers": layers,
         "bytes": sum(file.stat().st_size for file in files),
         "record": record,
     }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, not read: dtype as safetensors calls it (``"I32"``, ``"F16"``) and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
+def read_quantization_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``quantization_config`` of a ``config.json``, or the file that AutoAWQ wrote before there was one, or None."""
+    quantization = config.get("quantization_config")
+    if quantization is None and (directory / OLD_CONFIG).is_file():
+        quantization = read_json(directory / OLD_CONFIG)
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"{directory}: quantization_config is {quantization!r}, expected an object")
+    return quantization
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -191,48 +154,73 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: a file is truncated or something else; the message names it.
     """
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    piece = handle.get_slice(name)
-                    stored[name] = StoredTensor(piece.get_dtype(), tuple(piece.get_shape()))
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from None
-    return stored
+    with ShardReader(files) as reader:
+        return {name: StoredTensor(*reader.describe(name)) for name in reader.names()}
 
 
-def check_awq_tensors(stored: Mapping[str, StoredTensor], group_size: Any, where: Path) -> None:
-    """Refuse tensors that contradict the group size in the ``quantization_config`` beside them, or each other.
+def check_index(index: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse files that lack a tensor which the index beside them promises; without an index there is no promise.
+
+    Raises:
+        CheckpointError: names the index and the tensor.
+    """
+    if not index.is_file():
+        return
+    for name, file in read_json(index).get("weight_map", {}).items():
+        if name not in stored:
+            raise CheckpointError(f"{index} says that {file} holds {name}, which it does not")
+
+
+def check_layers(stored: Mapping[str, StoredTensor], layout: Layout, where: Path) -> dict[str, tuple[int, int]]:
+    """N and K of every quantized layer by name, after a check that its tensors are those of the layout.
 
     Raises:
         CheckpointError: names the first layer whose tensors do not fit, or says that there is none.
     """
-    if not isinstance(group_size, int) or group_size < -1 or group_size == 0:
-        raise CheckpointError(f"{where}: quantization_config has group_size = {group_size!r}")
-    layers = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        modules.setdefault(module, {})[part] = tensor
+    layers = {name: parts for name, parts in sorted(modules.items()) if layout.packed in parts}
     if not layers:
-        raise CheckpointError(f"{where} says quant_method 'awq' but holds no qweight tensor")
-    for layer in layers:
-        packed = stored[f"{layer}.qweight"]
-        if packed.dtype != "I32" or len(packed.shape) != 2:
-            raise CheckpointError(f"{where}: {layer}.qweight is {packed.dtype} {packed.shape}, expected I32 (K, N / 8)")
-        k, words = packed.shape
-        groups = 1 if group_size == -1 else k // group_size
-        for part, dtypes, wanted in (
-            ("qzeros", ("I32",), (groups, words)),
-            ("scales", ("F16", "BF16", "F32"), (groups, words * 8)),
-        ):
-            found = stored.get(f"{layer}.{part}")
-            if found is None or found.shape != wanted or found.dtype not in dtypes:
-                raise CheckpointError(
-                    f"{where}: {layer}.{part} is {f'{found.dtype} {found.shape}' if found else 'missing'}, but qweight "
-                    f"{packed.shape} with group size {group_size} goes with {' or '.join(dtypes)} {wanted}"
-                )
+        raise CheckpointError(f"{where} says that it is {layout.label} but holds no {layout.packed} tensor")
+    features = {}
+    for name, parts in layers.items():
+        try:
+            features[name] = layout.check(parts)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {name}: {error}") from None
+    of_layers = {part for parts in layers.values() for part in parts} - {"bias"}
+    for name, parts in sorted(modules.items()):
+        beside = {part for part in parts if part in of_layers and not is_activation_scale(part, parts[part])}
+        if name not in layers and beside:
+            raise CheckpointError(f"{where}: {name}: {', '.join(sorted(beside))} without {layout.packed}")
+    return features
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def is_activation_scale(part: str, tensor: StoredTensor) -> bool:
+    """Whether a tensor is the divisor that AWQ puts behind an activation function (``ScaledActivation``)."""
+    return part == "scales" and len(tensor.shape) == 1
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights of a model: tokenizer, processor, generation settings, code, licence.
+
+    Configuration, weights, the record, hidden files and folders are not copied.
+    """
+    ours = ("config.json", OLD_CONFIG, RECORD)
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not file.name.startswith(".") and file.name not in ours and not weights:
+            shutil.copyfile(file, target / file.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file of a model directory.
+
+    Raises:
+        CheckpointError: the file is not there, or holds something else; the message names it.
+    """
     try:
         loaded = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,54 +1,88 @@
-"""From a model directory or name to a quantized checkpoint."""
+"""From a model directory or name to a quantized checkpoint, one block in memory at a time."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import logging
 import platform
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kernelgraft_core import __version__
 from kernelgraft_core.quant.architectures import find_architecture, linear_layer
-from kernelgraft_core.quant.awq import AwqConfig, BlockResult, quantize_awq
-from kernelgraft_core.quant.w4a16.weight import W4A16Weight
+from kernelgraft_core.quant.awq import AwqConfig, AwqMethod, rtn_config
+from kernelgraft_core.quant.gptq import GptqConfig, GptqMethod
+from kernelgraft_core.quant.outcome import BlockOutcome, Method
+from kernelgraft_core.quant.ranks import rank, world_size
+from kernelgraft_core.quant.rounding import Scheme
+from kernelgraft_core.quant.runner import BlockResult, as_arguments, quantize_blocks
+from kernelgraft_core.quant.sequential import capture_block_calls
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
-from .checkpoint import check_replaceable, load_model, replaced_directory, write_awq
+from .checkpoint import check_replaceable, replaced_directory
+from .outputs import Output, choose_format, write_checkpoint
+from .streaming import StreamedModel, empty_model
 from .texts import Calibration, encode
+from .workspace import Workspace, workspace_of
+
+log = logging.getLogger("kernelgraft")
 
 AUTO_GROUP_SIZES = (128, 64, 32)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named way to quantize; ``rtn`` is plain rounding, to compare with."""
+    """A named way to quantize.
+
+    Attributes:
+        summary: one line for help texts.
+        settings: the method's settings for a scheme.
+        method: the method with those settings.
+    """
 
     name: str
-    scale_points: int
-    clip_steps: int
+    summary: str
+    settings: Callable[[Scheme], Any]
+    method: Callable[[Any], Method]
 
 
-RECIPES = {"awq": Recipe("awq", AwqConfig.scale_points, AwqConfig.clip_steps), "rtn": Recipe("rtn", 0, 0)}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("awq", "activation-aware scales and clipping", AwqConfig, AwqMethod),
+        Recipe("gptq", "error-compensated rounding", GptqConfig, GptqMethod),
+        Recipe("rtn", "plain rounding, to compare with", rtn_config, AwqMethod),
+    )
+}
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A model to quantize: float32 in memory, ``dtype`` as it was stored."""
+    """A model to quantize, not loaded.
+
+    Attributes:
+        name: as the user gave it.
+        directory: where its files are.
+        tokenizer: of the model.
+        dtype: what tensors that are not quantized are stored in: as it was, or float16 for a float32 model.
+    """
 
     name: str
-    model: Any
+    directory: Path
     tokenizer: Any
     dtype: torch.dtype
 
 
 def load_source(name: str) -> SourceModel:
-    """Load a directory or a hub name.
+    """Find a directory or a hub name, and refuse what cannot be quantized. No weights are read.
 
     Raises:
         UnsupportedModelError: it is quantized already, or no adapter knows it; CheckpointError: a file is truncated;
@@ -56,14 +90,24 @@ def load_source(name: str) -> SourceModel:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    from .shards import ShardReader, list_shards
+
     config = AutoConfig.from_pretrained(name)
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method")
         raise UnsupportedModelError(f"{name} is quantized already ({method}); quantize the original model")
     stored = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    model = load_model(name, torch.float32)
-    find_architecture(model)
-    return SourceModel(name, model, AutoTokenizer.from_pretrained(name), stored)
+    directory = Path(name) if Path(name).is_dir() else _download(name)
+    model = empty_model(directory)
+    find_architecture(model).check(model)
+    ShardReader(list_shards(directory))
+    return SourceModel(name, directory, AutoTokenizer.from_pretrained(name), stored)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
 
 
 def choose_group_size(model: nn.Module) -> int:
@@ -73,12 +117,11 @@ def choose_group_size(model: nn.Module) -> int:
         ValueError: none does.
     """
     architecture = find_architecture(model)
-    widths = {
-        linear_layer(block, name).in_features
-        for block in architecture.block_list(model)
-        for group in architecture.scale_groups(block)
-        for name in group.targets
-    }
+    widths: set[int] = set()
+    for block in architecture.block_list(model):
+        architecture.prepare(block)
+        for group in architecture.scale_groups(block):
+            widths |= {linear_layer(block, name).in_features for name in group.targets}
     for size in AUTO_GROUP_SIZES:
         if all(width % size == 0 for width in widths):
             return size
@@ -92,59 +135,188 @@ def quantize_checkpoint(
     *,
     text_name: str = "the calibration text",
     recipe: str = "awq",
+    bits: int = 4,
     group_size: int | None = None,
+    symmetric: bool = False,
+    layout: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    batches: Sequence[Mapping[str, Tensor]] | None = None,
+    device: torch.device | str = "cpu",
+    offload: bool = False,
     overwrite: bool = False,
     on_block: Callable[[BlockResult], None] | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model (in place) and write an AutoAWQ GEMM checkpoint to ``out``, whole or not at all.
+    """Quantize a model and write a checkpoint to ``out``, whole or not at all.
+
+    Blocks are read, quantized and stored one at a time, so that one block, the embeddings and the activations are all
+    that has to fit into memory. What is done is kept beside ``out`` until the checkpoint is there: the same call goes
+    on after a kill, and gives the same bytes. In a process group of :mod:`torch.distributed` every rank calibrates on
+    samples of its own and rank 0 writes.
 
     Args:
         text: calibration text; ``text_name`` names it in messages.
         recipe: a key of :data:`RECIPES`.
+        bits: 3 or 4.
         group_size: -1, or a divisor of every K; None chooses (:func:`choose_group_size`).
+        symmetric: no zero points.
+        layout: a key of :data:`~kernelgraft_transformers.outputs.FORMATS`; None takes AutoAWQ's where it can.
+        settings: of the recipe, in place of its own.
+        batches: keyword arguments of the model, in place of samples of the text: images, say.
+        device: what computes.
+        offload: read activations from disk each time they are used.
         on_block: called with each quantized block.
 
     Returns:
         The record that is stored beside the model and that ``kernelgraft inspect`` shows.
 
     Raises:
-        ValueError: recipe, group size or text do not fit; FileExistsError: ``out`` is in the way; NonFiniteError: a
+        ValueError: recipe, scheme, layout or text do not fit; FileExistsError: ``out`` is in the way; NonFiniteError: a
             layer holds NaN. Nothing at ``out`` changes then.
     """
     if recipe not in RECIPES:
         raise ValueError(f"no recipe {recipe!r}; there are {', '.join(sorted(RECIPES))}")
-    if out.exists() and Path(source.name).exists() and out.samefile(source.name):
+    if out.exists() and source.directory.exists() and out.samefile(source.directory):
         raise ValueError(f"{out} is the model to be quantized; write to another directory")
     check_replaceable(out, overwrite=overwrite)
-    model, calibration = source.model, calibration or Calibration()
-    size = choose_group_size(model) if group_size is None else group_size
+    calibration = calibration or Calibration()
+    size = choose_group_size(empty_model(source.directory)) if group_size is None else group_size
+    scheme = Scheme(bits, size, symmetric)
+    output = choose_format(layout, scheme)
     tokens = encode(source.tokenizer, text)
-    batches = [batch.to(model.device) for batch in calibration.draw(tokens, text_name)]
-    chosen = RECIPES[recipe]
-    config = AwqConfig(group_size=size, scale_points=chosen.scale_points, clip_steps=chosen.clip_steps)
-    started = time.perf_counter()
-    weights: dict[str, W4A16Weight] = {}
-    layers: list[dict[str, Any]] = []
-    for block in quantize_awq(model, batches, config):
-        weights |= block.weights
-        layers += [asdict(report) for report in block.reports]
-        if on_block is not None:
-            on_block(block)
-    record = {
+    if batches is None:
+        batches = list(as_arguments(calibration.draw(tokens, text_name)))
+    config = replace(RECIPES[recipe].settings(scheme), **(settings or {}))
+    described = {
         "format": 1,
         "recipe": recipe,
         "kernelgraft": __version__,
         "source": source.name,
-        "bits": 4,
+        "layout": output.name,
+        "bits": bits,
         "group_size": size,
-        "settings": asdict(config),
+        "symmetric": symmetric,
+        "settings": {key: value for key, value in asdict(config).items() if key != "scheme"},
         "calibration": asdict(calibration)
-        | {"text": text_name, "sha256": hashlib.sha256(text.encode()).hexdigest(), "text_tokens": len(tokens)},
-        "seconds": round(time.perf_counter() - started, 1),
-        "environment": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
-        "layers": layers,
+        | {"text": text_name, "sha256": _digest(text, batches), "text_tokens": len(tokens)},
     }
-    with replaced_directory(out, overwrite=overwrite) as directory:
-        write_awq(directory, model, source.tokenizer, weights, record, source.dtype)
+    job = described | {"files": _fingerprint(source.directory), "ranks": world_size(), "dtype": str(source.dtype)}
+    started = time.perf_counter()
+    run = _Run(source, scheme, RECIPES[recipe].method(config), output, torch.device(device))
+    try:
+        workspace = Workspace(workspace_of(out), job, on_disk=offload)
+        run.blocks(workspace, batches[rank() :: world_size()], on_block)
+        notes = [workspace.notes(index) for index in range(run.model.count)] if rank() == 0 else []
+        record = described | {
+            "seconds": round(time.perf_counter() - started, 1),
+            "environment": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            },
+            "layers": [layer for note in notes for layer in note["layers"]],
+            "searches": [search for note in notes for search in note["searches"]],
+        }
+        if rank() == 0:
+            with replaced_directory(out, overwrite=overwrite) as directory:
+                files = [workspace.block_file(index) for index in range(run.model.count)]
+                write_checkpoint(directory, run.model, files, source, scheme, output, run.unquantized, record)
+    except (ValueError, UnsupportedModelError):
+        # What the user has to change makes it another job; disk full, Ctrl-C and the like keep what was done.
+        shutil.rmtree(workspace_of(out), ignore_errors=True)
+        raise
+    if rank() == 0:
+        _delete_leftovers(out)
+    workspace.remove()
     return record
+
+
+class _Run:
+    """One quantization: the streamed model and what is made of its blocks."""
+
+    def __init__(
+        self, source: SourceModel, scheme: Scheme, method: Method, output: Output, device: torch.device
+    ) -> None:
+        self._source, self._scheme, self._method, self._output = source, scheme, method, output
+        self.model = StreamedModel(source.directory, device=device, group_size=scheme.group_size)
+        self.unquantized = self.model.unquantized_modules()
+
+    def blocks(
+        self,
+        workspace: Workspace,
+        batches: Sequence[Mapping[str, Tensor]],
+        on_block: Callable[[BlockResult], None] | None,
+    ) -> None:
+        model = self.model
+        with torch.no_grad():
+            calls = capture_block_calls(
+                model.model, list(model.architecture.block_list(model.model)), self._on_device(batches)
+            )
+            if not calls.first:
+                raise ValueError(f"rank {rank()} of {world_size()} has no calibration samples; take more of them")
+            start, hidden = workspace.resume() or (0, None)
+            if start:
+                log.warning("going on at block %d of %d, where an earlier run stopped", start + 1, model.count)
+
+            def finished(index: int, block: nn.Module, outcome: BlockOutcome) -> None:
+                tensors = self._stored_tensors(model.path(index), block, outcome)
+                notes = {
+                    "layers": [asdict(report) for report in outcome.reports],
+                    "searches": [asdict(search) for search in outcome.searches],
+                }
+                workspace.save_block(index, tensors, notes)
+
+            for result in quantize_blocks(
+                model.architecture, model, calls, self._method, workspace, start=start, hidden=hidden, finished=finished
+            ):
+                if on_block is not None:
+                    on_block(result)
+
+    def _on_device(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        device = self.model.model.get_input_embeddings().weight.device
+        return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+    def _stored_tensors(self, path: str, block: nn.Module, outcome: BlockOutcome) -> dict[str, Tensor]:
+        """All that the checkpoint holds of a block, under the names of the source's files.
+
+        What is stored in 16 bits is rounded in the block too, so that the next one sees what will be loaded.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, weight in outcome.weights.items():
+            packed = self._output.write(weight, self._scheme)
+            tensors |= {f"{self.model.stored_name(name)}.{part}": t.cpu() for part, t in packed.items()}
+        quantized = {f"{name}.weight" for name in outcome.weights}
+        for name, tensor in block.state_dict().items():
+            full = f"{path}.{name}"
+            if full in quantized:
+                continue
+            if tensor.is_floating_point():
+                rounded = tensor.to(self._source.dtype)
+                tensor.copy_(rounded)
+                tensor = rounded
+            module, _, part = full.rpartition(".")
+            stored = f"{self.model.stored_name(module)}.{part}" if f"{module}.weight" in quantized else full
+            tensors[self.model.stored_parameter(stored)] = tensor.cpu()
+        return tensors
+
+
+def _delete_leftovers(out: Path) -> None:
+    """What runs that were killed while they wrote or replaced ``out`` left beside it."""
+    for kind in ("partial", "old"):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.*.{kind}"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _fingerprint(directory: Path) -> list[Any]:
+    """Tells whether the source's files are the same as before, without reading them."""
+    files = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".json"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _digest(text: str, batches: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for batch in batches:
+        for name in sorted(batch.keys() - {"input_ids"}):
+            digest.update(name.encode())
+            digest.update(batch[name].contiguous().cpu().float().numpy().tobytes())
+    return digest.hexdigest()

@@ -10,7 +10,9 @@ from kernelgraft.cli import builtin_text, main, models
 
 pytest.importorskip("transformers")
 
-from kernelgraft_transformers.quantize import load_source
+from transformers import AutoTokenizer
+
+from kernelgraft_transformers.checkpoint import load_model
 from kernelgraft_transformers.texts import encode, perplexity
 
 SMALL = ("--samples", "2", "--seqlen", "16")
@@ -67,7 +69,7 @@ def test_quantize_writes_a_model_and_says_so(run, float_llama, text, tmp_path):
     out = tmp_path / "model"
     code, stdout, stderr = run("quantize", float_llama, "--out", out, "--calib", text, "--seed", 5, *SMALL)
     assert code == 0
-    assert stdout.startswith(f"wrote {out}: awq, group size 64, ")
+    assert stdout.startswith(f"wrote {out}: awq, 4 bits, group size 64, ")
     assert "model.layers.1.mlp.down_proj output error" in stderr
     assert "output error" not in stdout
     record = json.loads((out / "kernelgraft.json").read_text())
@@ -77,7 +79,7 @@ def test_quantize_writes_a_model_and_says_so(run, float_llama, text, tmp_path):
 def test_quantize_has_a_text_of_its_own(run, float_llama, tmp_path):
     out = tmp_path / "model"
     code, stdout, _ = run("quantize", float_llama, "-o", out, "--recipe", "rtn", "--group-size", "-1", *SMALL)
-    assert (code, stdout.split(",")[:2]) == (0, [f"wrote {out}: rtn", " group size -1"])
+    assert (code, stdout.split(",")[:3]) == (0, [f"wrote {out}: rtn", " 4 bits", " group size -1"])
     record = json.loads((out / "kernelgraft.json").read_text())
     assert record["calibration"]["text"] == f"{models.BUILT_IN_TEXT}, first half"
     assert record["calibration"]["text_tokens"] > 20_000
@@ -110,8 +112,8 @@ def test_ppl_prints_one_number(run, float_llama, checkpoint, text, words, quanti
     directory = checkpoint if quantized else float_llama
     code, stdout, stderr = run("ppl", directory, "--text", text, "--windows", 3, "--seqlen", 32)
     assert code == 0
-    source = load_source(str(float_llama))
-    plain = perplexity(source.model, encode(source.tokenizer, words), window=32, windows=3)
+    model, tokenizer = load_model(str(float_llama), torch.float32), AutoTokenizer.from_pretrained(float_llama)
+    plain = perplexity(model, encode(tokenizer, words), window=32, windows=3)
     assert float(stdout) == pytest.approx(plain, rel=0.2 if quantized else 1e-4)
     assert (stdout.strip() == f"{plain:.4f}") != quantized
     assert stdout.strip() not in stderr
@@ -160,12 +162,12 @@ def test_failures_exit_with_one_and_one_sentence(run, float_llama, checkpoint, t
         ("quantize", float_llama, "-o", tmp_path / "x", "--calib", tmp_path / "none.txt"): "none.txt",
         ("quantize", float_llama, "-o", tmp_path / "x", "--calib", text, "--seqlen", 5000): "has 2000 tokens",
         ("quantize", float_llama, "-o", tmp_path / "x", "--group-size", 128): "q_proj: group size 128 does not divide",
-        ("quantize", float_llama, "-o", tmp_path / "x", "--recipe", "magic"): "no recipe 'magic'; there are awq, rtn",
+        ("quantize", float_llama, "-o", tmp_path / "x", "--recipe", "magic"): "there are awq, gptq, rtn",
         ("quantize", checkpoint, "-o", tmp_path / "x"): "is quantized already (awq)",
         ("quantize", tmp_path / "none", "-o", tmp_path / "x"): "none",
         ("inspect", tmp_path / "none"): "none is not a model directory: it has no config.json",
-        ("inspect", cut): "model.safetensors is not a whole safetensors file",
-        ("ppl", cut, "--text", text): "model.safetensors is not a whole safetensors file",
+        ("inspect", cut): "holds a file that is not whole: model.safetensors",
+        ("ppl", cut, "--text", text): "holds a file that is not whole: model.safetensors",
         ("ppl", float_llama, "--text", text, "--seqlen", 5000): "perplexity needs one window of 5000",
         ("ppl", float_llama, "--text", text, "--windows", 0): "perplexity wants 0 windows",
         ("ppl", float_llama, "--text", empty): "empty.txt is empty",

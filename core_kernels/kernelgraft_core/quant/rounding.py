@@ -1,4 +1,4 @@
-"""Round-to-nearest integer grids: asymmetric, one scale and zero point per group of weights in a row."""
+"""Round-to-nearest integer grids: one scale and zero point per group of weights in a row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEVELS = 15  # the largest 4-bit integer
+
+@dataclass(frozen=True)
+class Scheme:
+    """What weights are rounded to.
+
+    Attributes:
+        bits: 3 or 4.
+        group_size: weights along K that share a scale and a zero point; -1 is the whole row.
+        symmetric: the zero point is the middle of the range, ``2 ** (bits - 1)``, for every group.
+
+    Raises:
+        ValueError: bits or group size are not of that kind.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (3, 4):
+            raise ValueError(f"{self.bits} bits per weight; 3 and 4 are supported")
+        if self.group_size == 0 or self.group_size < -1:
+            raise ValueError(f"group size {self.group_size} is neither positive nor -1")
+
+    @property
+    def levels(self) -> int:
+        """The largest integer."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric group."""
+        return 1 << (self.bits - 1)
 
 
 @dataclass(frozen=True)
@@ -16,34 +48,48 @@ class Grid:
 
     Attributes:
         scales: ``(N, G)`` of the weight's dtype, but rounded to float16, which is what checkpoints store.
-        zeros: ``(N, G)`` of the weight's dtype, integers in 0..15.
+        zeros: ``(N, G)`` of the weight's dtype, integers in ``0..scheme.levels``.
     """
 
     scales: Tensor
     zeros: Tensor
+    scheme: Scheme
 
     @classmethod
-    def spanning(cls, low: Tensor, high: Tensor) -> Grid:
+    def spanning(cls, low: Tensor, high: Tensor, scheme: Scheme) -> Grid:
         """The grid that reaches from ``low`` to ``high`` ``(N, G)``; zero is always on it.
 
-        A group of one sign keeps zero as its end: a zero point must lie in 0..15, and clamping it afterwards, as
-        AutoAWQ does, would cut the other end of the range off.
+        An asymmetric group of one sign keeps zero as its end: a zero point must be one of the integers, and clamping it
+        afterwards, as AutoAWQ does, would cut the other end of the range off. A symmetric group reaches as far down as
+        its scale times ``middle``, one step further than up: the scale is the smallest that holds either end.
         """
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scales = ((high - low) / LEVELS).half().to(low.dtype)
+        if scheme.symmetric:
+            span = torch.maximum(-low / scheme.middle, high / (scheme.levels - scheme.middle))
+        else:
+            span = (high - low) / scheme.levels
+        scales = span.half().to(low.dtype)
         # A scale that rounds to zero in float16 (or a group of zeros) stores zeros; 1 keeps the division defined.
         scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-        return cls(scales, (-low / scales).round_().clamp_(0, LEVELS))
+        if scheme.symmetric:
+            return cls(scales, torch.full_like(scales, scheme.middle), scheme)
+        return cls(scales, (-low / scales).round_().clamp_(0, scheme.levels), scheme)
 
     def round(self, groups: Tensor) -> Tensor:
-        """Integers 0..15 of weights ``(N, G, g)``, in their dtype."""
+        """Integers of weights ``(N, G, g)``, in their dtype."""
         scales, zeros = self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1)
-        return (groups / scales).round_().add_(zeros).clamp_(0, LEVELS)
+        return (groups / scales).round_().add_(zeros).clamp_(0, self.scheme.levels)
 
     def reproduce(self, groups: Tensor) -> Tensor:
         """What the weights ``(N, G, g)`` become."""
         scales, zeros = self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1)
         return self.round(groups).sub_(zeros).mul_(scales)
+
+    def where(self, chosen: Tensor, other: Grid) -> Grid:
+        """This grid for the groups that are ``chosen`` ``(N, G)``, ``other`` for the rest."""
+        return Grid(
+            torch.where(chosen, self.scales, other.scales), torch.where(chosen, self.zeros, other.zeros), self.scheme
+        )
 
 
 def split_groups(weight: Tensor, group_size: int) -> Tensor:
@@ -59,7 +105,12 @@ def split_groups(weight: Tensor, group_size: int) -> Tensor:
     return weight.reshape(*weight.shape[:-1], k // size, size)
 
 
-def fake_quantize(weight: Tensor, group_size: int) -> Tensor:
-    """Round ``(N, K)`` to the nearest 4-bit values and back (RTN)."""
-    groups = split_groups(weight, group_size)
-    return Grid.spanning(groups.amin(-1), groups.amax(-1)).reproduce(groups).view_as(weight)
+def nearest_grid(groups: Tensor, scheme: Scheme) -> Grid:
+    """The grid over the whole range of every group of weights ``(N, G, g)``."""
+    return Grid.spanning(groups.amin(-1), groups.amax(-1), scheme)
+
+
+def fake_quantize(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Round ``(N, K)`` to the nearest values of the scheme and back (RTN)."""
+    groups = split_groups(weight, scheme.group_size)
+    return nearest_grid(groups, scheme).reproduce(groups).view_as(weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,29 +13,39 @@ from torch import Tensor, nn
 
 from kernelgraft_core.runtime.errors import NonFiniteError
 
+from .ranks import all_sum
+
 
 @dataclass
 class BlockInputs:
-    """What a decoder block is called with, one entry per calibration batch."""
+    """What a decoder block is called with, one entry per calibration batch.
 
-    hidden: list[Tensor] = field(default_factory=list)
-    kwargs: list[dict[str, Any]] = field(default_factory=list)
+    Attributes:
+        hidden: ``(B, T, H)`` each; any sequence, so that it may lie on disk.
+        kwargs: the other arguments.
+    """
 
-    def through(self, block: nn.Module) -> BlockInputs:
-        """The inputs of the next block."""
-        return BlockInputs(
-            [_first(block(h, **kw)) for h, kw in zip(self.hidden, self.kwargs, strict=True)], self.kwargs
-        )
+    hidden: Sequence[Tensor] = field(default_factory=list)
+    kwargs: Sequence[dict[str, Any]] = field(default_factory=list)
+
+    def outputs(self, block: nn.Module) -> Iterator[Tensor]:
+        """What the block makes of each batch, one at a time."""
+        for hidden, kwargs in zip(self.hidden, self.kwargs, strict=True):
+            yield _first(block(hidden, **kwargs))
+
+    def run(self, block: nn.Module) -> None:
+        """Call the block for what hooks see of it."""
+        for _ in self.outputs(block):
+            pass
 
     def take(self, tokens: int) -> BlockInputs:
         """The first batches that hold at least ``tokens`` tokens."""
-        taken, seen = 0, 0
-        for hidden in self.hidden:
+        seen = 0
+        for taken, hidden in enumerate(self.hidden):
             if seen >= tokens:
-                break
+                return BlockInputs(self.hidden[:taken], self.kwargs[:taken])
             seen += hidden.shape[0] * hidden.shape[1]
-            taken += 1
-        return BlockInputs(self.hidden[:taken], self.kwargs[:taken])
+        return self
 
     def spread(self, tokens: int, factor: int = 4) -> BlockInputs:
         """Batches, evenly spread, of about ``factor * tokens`` tokens: to draw ``tokens`` scattered ones from."""
@@ -46,30 +57,91 @@ class BlockInputs:
         return sum(hidden.shape[0] * hidden.shape[1] for hidden in self.hidden)
 
 
+@dataclass
+class BlockCalls:
+    """How a model calls its blocks, without what the blocks themselves compute.
+
+    Attributes:
+        first: hidden states that enter the first block, one per batch.
+        kwargs: by block, then by batch. Blocks differ where layers of several kinds alternate, as in Gemma.
+        between: by block, then by batch: what the model itself adds to the hidden states in front of a block, None
+            where nothing. Qwen3-VL adds features of its vision tower there.
+    """
+
+    first: list[Tensor]
+    kwargs: list[list[dict[str, Any]]]
+    between: list[list[Tensor | None]]
+
+    def inputs(self, index: int, hidden: Sequence[Tensor], device: torch.device | None = None) -> BlockInputs:
+        """The inputs of block ``index``, whose hidden states are given, its other arguments moved to ``device``."""
+        return BlockInputs(hidden, [_moved(kwargs, device) for kwargs in self.kwargs[index]])
+
+    def entering(self, index: int, outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The hidden states that enter block ``index``, from the outputs of the block before, one at a time."""
+        for out, extra in zip(outputs, self.between[index], strict=True):
+            yield out if extra is None else out + extra.to(out.device, out.dtype)
+
+
 class _Reached(Exception):
-    """The first block was reached; nothing behind it needs to run."""
+    """The last block was reached; nothing behind it needs to run."""
 
 
-def capture_block_inputs(model: nn.Module, first_block: nn.Module, batches: Iterable[Tensor]) -> BlockInputs:
-    """Run ``model`` up to ``first_block``, which is not run, for token batches ``(B, T)`` int64."""
-    inputs = BlockInputs()
+def capture_block_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Mapping[str, Tensor]]
+) -> BlockCalls:
+    """Run all of ``model`` but its blocks, which may lie on the meta device, and what follows them.
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        inputs.hidden.append(args[0] if args else kwargs.pop("hidden_states"))
-        inputs.kwargs.append(kwargs)
-        raise _Reached
+    While it runs, blocks give zeros, so that whatever enters the next one was added on the way.
 
-    hook = first_block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    Args:
+        batches: keyword arguments of the model, ``input_ids`` int64 ``(B, T)`` among them.
+    """
+    calls = BlockCalls([], [[] for _ in blocks], [[] for _ in blocks])
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                calls.first.append(hidden)
+            calls.kwargs[index].append(kwargs)
+            calls.between[index].append(hidden if index and bool(hidden.any()) else None)
+            if index + 1 == len(blocks):
+                raise _Reached
+            return torch.zeros_like(hidden)
+
+        return record
+
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.enter_context(_replaced_forward(block, recorder(index)))
         for batch in batches:
-            try:
-                model(input_ids=batch, use_cache=False)
-            except _Reached:
-                continue
+            with contextlib.suppress(_Reached):
+                model(**batch, use_cache=False)
+    return calls
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    # An attribute of the instance, where accelerate puts its own too: that one has to come back.
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
     finally:
-        hook.remove()
-    return inputs
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
 
 
 @contextmanager
@@ -120,6 +192,13 @@ class InputStatistics:
         """The moments of ``x / scales``, for scales ``(K,)``."""
         by_group = scales.view(self._products.shape[:2])
         return self.moments / (by_group.unsqueeze(2) * by_group.unsqueeze(1))
+
+    def gather(self) -> None:
+        """Add up what all ranks have seen."""
+        count = torch.tensor(self.tokens, dtype=torch.float64)
+        self.tokens = int(all_sum(count))
+        all_sum(self._absolute)
+        all_sum(self._products)
 
     def check(self, layer: str) -> None:
         """Raise NonFiniteError when a NaN or an infinity has passed through."""

@@ -22,12 +22,16 @@ Raises:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 try:
+    import numba
+    import numpy as np
     from llvmlite import ir
     from numba import cfunc, types
+    from numba.core.registry import cpu_target
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError("compiled CPU kernels need numba: pip install 'kernelgraft[cpu]'") from error
@@ -67,6 +71,16 @@ def _call_kernel(typing_context: Any, address: Any, start: Any, stop: Any, args:
 
 
 @intrinsic
+def _call_plain(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(values[0], function.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def _call_int(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         function = ir.FunctionType(ir.IntType(32), [])
@@ -93,3 +107,38 @@ def team_member(task: Any) -> None:
         stop = task[BOUNDS + part + 1]
         if start < stop:
             _call_kernel(task[KERNEL], start, stop, task[ARGS])
+
+
+# What a launch of several kernels is told: one int64 array, in this order, then KERNEL, ITEMS and GRAIN of each phase.
+# BARRIER, and the two functions before it, are 0 where one thread does everything.
+PHASES, PHASE_THREAD_NUMBER, PHASE_TEAM_SIZE, BARRIER, FIRST_PHASE = range(5)
+
+
+@cfunc(types.void(types.int64), cache=True)
+def run_phases(args: Any) -> None:
+    """Run by every thread of a team: its share of each phase, waiting for the others in between.
+
+    The address of the array above is the first of ``args``, which every kernel gets whole.
+    """
+    address = numba.carray(pointer(args), (1,), np.int64)[0]
+    task = numba.carray(pointer(address), (FIRST_PHASE,), np.int64)
+    number, size = 0, 1
+    if task[BARRIER]:
+        number, size = _call_int(task[PHASE_THREAD_NUMBER]), _call_int(task[PHASE_TEAM_SIZE])
+    for phase in range(task[PHASES]):
+        if phase > 0 and task[BARRIER]:
+            _call_plain(task[BARRIER])
+        told = numba.carray(pointer(address + 8 * (FIRST_PHASE + 3 * phase)), (3,), np.int64)
+        kernel, items, grain = told[0], told[1], told[2]
+        runs = (items + grain - 1) // grain
+        start = min(items, runs * number // size * grain)
+        stop = min(items, runs * (number + 1) // size * grain)
+        if start < stop:
+            _call_kernel(kernel, start, stop, args)
+
+
+@functools.cache
+def target_features() -> frozenset[str]:
+    """What LLVM calls the features of the processor that numba compiles for, e.g. ``"avx512vnni"``."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(feature[1:] for feature in features.split(",") if feature.startswith("+"))

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,58 @@ def parallel_for(
         _run_on_pool(kernel_address, args, bounds, threads)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """One kernel of a launch: ``kernel(start, stop, args)`` over ``0 .. items``, as for :func:`parallel_for`."""
+
+    kernel: int
+    items: int
+    grain: int = 1
+
+
+class Launch:
+    """Kernels that run one after another over the same arguments, each on all threads, with one fork and join.
+
+    Made once for each combination of sizes, and called as often as there is something to compute, from any thread.
+
+    Args:
+        phases: every item of one is done before the next begins.
+    """
+
+    def __init__(self, *phases: Phase) -> None:
+        from .native import run_phases
+
+        self.phases = phases
+        self._address = run_phases.address
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+        self._fits_one = all(phase.items <= phase.grain for phase in phases)
+        self._alone = self._task(0, 0, 0)
+        self._team: tuple[ctypes.Array[ctypes.c_int64], Any] | None = None
+        symbols = _openmp()
+        if symbols is not None:
+            self._team = self._task(symbols.thread_number, symbols.team_size, symbols.barrier), symbols.fork_and_join
+
+    def _task(self, *functions: int) -> ctypes.Array[ctypes.c_int64]:
+        told = [len(self.phases), *functions]  # native.PHASES and on
+        for phase in self.phases:
+            told += phase.kernel, phase.items, phase.grain
+        return (ctypes.c_int64 * len(told))(*told)
+
+    def __call__(self, args: ctypes.Array[ctypes.c_int64]) -> None:
+        """Run all phases and wait. The first of ``args`` is the launch's own; kernels must leave it alone."""
+        threads = 1 if self._fits_one else available_threads()
+        if threads == 1:
+            args[0] = ctypes.addressof(self._alone)
+            self._run(ctypes.addressof(args))
+        elif self._team is not None:
+            task, fork_and_join = self._team
+            args[0] = ctypes.addressof(task)
+            fork_and_join(self._address, ctypes.addressof(args), threads, 0)
+        else:
+            for phase in self.phases:
+                parallel_for(phase.kernel, args, phase.items, grain=phase.grain)
+
+
 def available_threads() -> int:
     """How many threads :func:`parallel_for` uses now: ``torch.get_num_threads()``, or 1 in a forked child."""
     if os.getpid() != HOME_PROCESS:
@@ -128,29 +181,48 @@ def _gomp_symbol(name: str) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class _OpenMP:
+    """Torch's own OpenMP: a function that forks and joins, and the addresses of three that a team calls."""
+
+    fork_and_join: Callable[[int, int, int, int], None]
+    thread_number: int
+    team_size: int
+    barrier: int
+
+
 @functools.cache
-def _openmp_team() -> Callable[[int, Any, Sequence[int], int], None] | None:
-    """A function that runs parts of the work on torch's OpenMP threads, or None where there are none."""
+def _openmp() -> _OpenMP | None:
+    """None where torch has none, or without numba, which makes what its threads run."""
     if not torch.backends.openmp.is_available():
         return None
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    parallel, thread_number, team_size = (_gomp_symbol(name) for name in names)
-    if parallel is None or thread_number is None or team_size is None:
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+    found = [address for address in map(_gomp_symbol, names) if address is not None]
+    if len(found) < len(names):
         log.info("no GOMP_parallel beside torch: CPU kernels run on a thread pool")
         return None
     if importlib.util.find_spec("numba") is None:
         log.info("numba is not installed: CPU kernels run on a thread pool")
         return None
+    return _OpenMP(_GompParallel(found[0]), *found[1:])
+
+
+@functools.cache
+def _openmp_team() -> Callable[[int, Any, Sequence[int], int], None] | None:
+    """A function that runs parts of the work on torch's OpenMP threads, or None where there are none."""
+    openmp = _openmp()
+    if openmp is None:
+        return None
     from .native import team_member
 
-    fork_and_join = _GompParallel(parallel)
     member = team_member.address
 
     def run(kernel: int, args: Any, bounds: Sequence[int], threads: int) -> None:
-        header = (kernel, ctypes.addressof(args), len(bounds) - 1, thread_number, team_size)  # native.KERNEL and on
+        # native.KERNEL and on
+        header = (kernel, ctypes.addressof(args), len(bounds) - 1, openmp.thread_number, openmp.team_size)
         task = (ctypes.c_int64 * (len(header) + len(bounds)))(*header, *bounds)
         # Always torch's own number of threads: libgomp ends and restarts threads whenever a team's size changes.
-        fork_and_join(member, ctypes.addressof(task), threads, 0)
+        openmp.fork_and_join(member, ctypes.addressof(task), threads, 0)
 
     return run
 

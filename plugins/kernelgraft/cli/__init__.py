@@ -12,6 +12,7 @@ from kernelgraft.errors import KernelgraftError
 
 from . import listing, models
 from .bench import bench
+from .convert import convert
 from .demo import demo
 from .tune import tune
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("list")(listing.list_plugins)
 app.command("doctor")(listing.doctor)
 app.command("quantize")(models.quantize)
+app.command("convert")(convert)
 app.command("inspect")(models.inspect)
 app.command("ppl")(models.ppl)
 app.command("demo")(demo)

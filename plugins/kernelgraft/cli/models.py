@@ -15,28 +15,52 @@ from .console import console, count_bytes, escape, table
 def quantize(
     model: Annotated[str, typer.Argument(help="Directory or hub name of the model to quantize.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it appears whole or not at all.")],
-    recipe: Annotated[str, typer.Option(help="awq, or rtn (plain rounding, to compare with).")] = "awq",
+    recipe: Annotated[str, typer.Option(help="awq, gptq, or rtn (plain rounding, to compare with).")] = "awq",
+    bits: Annotated[int, typer.Option(help="4 or 3.")] = 4,
+    group_size: Annotated[
+        str, typer.Option(help="32, 64, 128, -1 (whole rows) or auto: the largest that divides every layer.")
+    ] = "auto",
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option("--format", help="awq (AutoAWQ GEMM) or kernelgraft. Default: awq, and kernelgraft for 3 bits."),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option("--calib", help="Calibration text, UTF-8. Default: the first half of Python's own documentation."),
     ] = None,
-    group_size: Annotated[
-        str, typer.Option(help="32, 64, 128, -1 (whole rows) or auto: the largest that divides every layer.")
-    ] = "auto",
+    images: Annotated[
+        Path | None,
+        typer.Option("--calib-images", help="Folder of pictures: for a vision model, each sample then shows one."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
     length: Annotated[int, typer.Option("--seqlen", help="Tokens in a sample.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed that draws the samples.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: cuda where there is one.")] = "auto",
+    offload: Annotated[
+        bool, typer.Option("--offload-activations", help="Keep activations on disk instead of in memory.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML page with every layer's error and search curve.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
 ) -> None:
-    """Quantize a causal language model to 4 bits and write an AutoAWQ checkpoint.
+    """Quantize a language model to 4 or 3 bits.
+
+    Blocks are read and quantized one at a time. A run that was stopped goes on where it was when it is started again.
+    Under torchrun every process calibrates on samples of its own.
 
     Examples:
 
-    [bold]kernelgraft quantize ./SmolLM2-135M-Instruct --out ./SmolLM2-awq --calib text.txt[/]
+    [bold]kernelgraft quantize ./SmolLM2-135M-Instruct --out ./SmolLM2-awq --calib text.txt --report report.html[/]
 
-    [bold]kernelgraft quantize meta-llama/Llama-3.2-1B -o ./llama-awq --group-size 64[/]
+    [bold]kernelgraft quantize meta-llama/Llama-3.2-1B -o ./llama-int3 --bits 3 --group-size 64[/]
+
+    [bold]torchrun --nproc-per-node 4 -m kernelgraft quantize ./Llama-3-8B -o ./llama-awq --samples 256[/]
     """
     from kernelgraft_transformers.checkpoint import check_replaceable
+    from kernelgraft_transformers.images import draw_image_samples
+    from kernelgraft_transformers.process_group import process_group
     from kernelgraft_transformers.quantize import load_source, quantize_checkpoint
     from kernelgraft_transformers.texts import Calibration, read_text
 
@@ -44,21 +68,36 @@ def quantize(
     check_replaceable(out, overwrite=overwrite)  # before minutes of work
     content = built_in_halves()[0] if text is None else read_text(text)
     source = load_source(model)
-    with BlockProgress() as progress:
+    calibration = Calibration(samples, length, seed)
+    with process_group(device) as place, BlockProgress(quiet=not place.leads) as progress:
         record = quantize_checkpoint(
             source,
             out,
             content,
             text_name=f"{BUILT_IN_TEXT}, first half" if text is None else str(text),
             recipe=recipe,
+            bits=bits,
             group_size=size,
-            calibration=Calibration(samples, length, seed),
+            symmetric=symmetric,
+            layout=layout,
+            calibration=calibration,
+            batches=None if images is None else draw_image_samples(source, images, content, calibration),
+            device=place.device,
+            offload=offload,
             overwrite=overwrite,
             on_block=progress.show,
         )
+    if not place.leads:
+        return
     console().print(
-        f"[green]wrote[/] {escape(out)}: {recipe}, group size {record['group_size']}, {record['seconds']:.0f} s"
+        f"[green]wrote[/] {escape(out)}: {recipe}, {record['bits']} bits, group size {record['group_size']}, "
+        f"{record['seconds']:.0f} s"
     )
+    if report is not None:
+        from kernelgraft.quantization_report import write_report
+
+        write_report(record, report)
+        console().print(f"[green]wrote[/] {escape(report)}")
 
 
 def inspect(
@@ -159,13 +198,14 @@ def parse_group_size(text: str) -> int | None:
 class BlockProgress:
     """A progress bar over blocks; under it, each layer's error before and after."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console(stderr=True),
+            console=console(stderr=True), disable=quiet,
         )  # fmt: skip
+        self._quiet = quiet
         self._task = self._progress.add_task("blocks", total=None)
 
     def __enter__(self) -> BlockProgress:
@@ -176,9 +216,11 @@ class BlockProgress:
         self._progress.stop()
 
     def show(self, block: Any) -> None:
-        """Take one :class:`kernelgraft_core.quant.awq.BlockResult`."""
+        """Take one :class:`kernelgraft_core.quant.runner.BlockResult`."""
+        if self._quiet:
+            return
         self._progress.update(self._task, total=block.count, completed=block.index + 1)
-        for report in block.reports:
+        for report in block.outcome.reports:
             self._progress.console.print(
                 f"[dim]{escape(report.name)}[/] output error {report.error_before:.2e} rounded, "
                 f"[bold]{report.error_after:.2e}[/] now"

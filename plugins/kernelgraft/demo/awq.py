@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,20 +77,16 @@ def _materialize(context: Context) -> Path:
 
 
 def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
+    import torch
     from transformers import AutoModelForCausalLM
 
-    from kernelgraft_core.quant.awq import BlockResult
-    from kernelgraft_transformers.quantize import SourceModel, load_source, quantize_checkpoint
+    from kernelgraft_core.quant.runner import BlockResult
+    from kernelgraft_transformers.checkpoint import load_model
+    from kernelgraft_transformers.quantize import load_source, quantize_checkpoint
     from kernelgraft_transformers.quiet import quiet
     from kernelgraft_transformers.texts import Calibration, encode, perplexity
 
     step, effort = context.steps.step, context.effort
-
-    def load() -> SourceModel:
-        with quiet():
-            source = load_source(str(models["original"]))
-        source.model.to(context.device)
-        return source
 
     def measure(name: str, model: Any) -> float:
         with step(f"Perplexity, {NAMES[name]}") as report:
@@ -101,9 +98,9 @@ def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
                 on_window=lambda done, count, so_far: report(done, count, f"{so_far:.2f}"),
             )
 
-    def quantize(source: SourceModel, recipe: str, samples: int) -> dict[str, Any]:
+    def quantize(recipe: str, samples: int) -> dict[str, Any]:
         def show(block: BlockResult) -> None:
-            after = sum(layer.error_after for layer in block.reports) / len(block.reports)
+            after = statistics.mean(layer.error_after for layer in block.outcome.reports)
             report(block.index + 1, block.count, f"error of the layers {after:.1e}")
 
         with step(f"Quantizing, {NAMES[recipe]}") as report:
@@ -114,16 +111,18 @@ def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
                 text_name=context.calibration.name,
                 recipe=recipe,
                 calibration=Calibration(samples, effort.length),
+                device=context.device,
                 overwrite=True,  # of an earlier run that was kept
                 on_block=show,
             )
 
-    source = load()
+    source = load_source(str(models["original"]))
     tokens = encode(source.tokenizer, context.measured.content)
-    found = {"original": measure("original", source.model)}
-    records = {"awq": quantize(source, "awq", effort.samples)}
-    del source  # it has become the quantized model
-    records["rtn"] = quantize(load(), "rtn", min(effort.samples, ROUNDING_SAMPLES))
+    with quiet():
+        original = load_model(str(models["original"]), torch.float32).to(context.device)
+    found = {"original": measure("original", original)}
+    del original
+    records = {"awq": quantize("awq", effort.samples), "rtn": quantize("rtn", min(effort.samples, ROUNDING_SAMPLES))}
     for name in ("rtn", "awq"):
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(models[name], dtype="float32").to(context.device).eval()

@@ -87,3 +87,21 @@ def exponents(axes: Any, layers: Sequence[Mapping[str, Any]], points: int) -> No
     axes.set(xlabel="exponent r of the scale", ylabel="layers", title=f"no scale: {without} of {len(layers)} layers")
     axes.grid(True, axis="y", color=RULE, linewidth=0.7)
     axes.legend(title="scale from")
+
+
+def search_curves(axes: Any, searches: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Error over the exponent, relative to no scale, a line for every search and form, a dot at each choice."""
+    for form, color in (("activation", BLUE), ("activation/weight", ORANGE)):
+        for number, search in enumerate(searches):
+            plain = search["plain_error"] or 1.0
+            points = [(r, error / plain) for kind, r, error in search["curve"] if kind == form]
+            label = form if number == 0 else None
+            axes.plot(*zip(*sorted(points), strict=True), color=color, linewidth=0.8, alpha=0.45, label=label)
+            best = min(points, key=lambda point: point[1])
+            if best[1] * plain == search["error"]:
+                axes.plot(*best, color=color, marker="o", markersize=3)
+    axes.axhline(1, color=GRAY, linewidth=0.8)
+    axes.set_title(title)
+    axes.set_ylim(0, 2)
+    axes.grid(True, axis="y", color=RULE, linewidth=0.7)
+    axes.legend(fontsize=8)

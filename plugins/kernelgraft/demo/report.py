@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from kernelgraft import templates
+
 from .files import write_whole
 from .runner import Outcome, Run
-from .sections import FAST, Figure
+from .sections import FAST
 
 SCHEMA = 1
 SHOWN = (
@@ -50,17 +50,9 @@ def as_data(run: Run) -> dict[str, Any]:
 
 
 def render(run: Run) -> str:
-    """One HTML page that needs nothing but itself: styles and figures are inside, there are no scripts."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["source"] = _image_source
-    template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
+    """The run as one HTML page."""
     machine = {name: run.environment[name] for name in SHOWN if run.environment[name] is not None}
-    page: str = template.render(run=run, machine=machine, command=command_line(run))
-    return page
+    return templates.render("demo", run=run, machine=machine, command=command_line(run))
 
 
 def command_line(run: Run) -> str:
@@ -88,8 +80,3 @@ def _section_data(outcome: Outcome) -> dict[str, Any]:
         "notes": list(result.notes) if result else [],
         "data": result.data if result else {},
     }
-
-
-def _image_source(figure: Figure) -> str:
-    # As images and not as markup: two inline drawings would share the names inside them.
-    return "data:image/svg+xml;base64," + base64.b64encode(figure.svg.encode()).decode()

@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kernelgraft_core.quant.formats.autoawq import Gemm
+from kernelgraft_core.quant.formats.compressed_tensors import PackQuantized
+from kernelgraft_core.quant.formats.layout import StoredTensor
 from kernelgraft_core.runtime.errors import CheckpointError
 from kernelgraft_transformers.checkpoint import (
-    StoredTensor,
-    check_awq_tensors,
+    check_layers,
     check_replaceable,
+    copy_companions,
     describe,
     load_model,
     read_headers,
@@ -132,13 +135,13 @@ def test_what_is_no_model_directory_is_refused(model, tmp_path):
 
 def test_a_truncated_file_is_refused_by_name(damaged):
     directory = damaged(file=lambda file: file.write_bytes(file.read_bytes()[:-1]))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"holds a file that is not whole: model\.safetensors"):
         describe(directory)
 
 
 def test_a_wrong_label_is_refused_by_layer(damaged):
     directory = damaged(lambda config: config.update(group_size=16))
-    message = r"down_proj\.qzeros is I32 \(4, 8\), but qweight \(128, 8\) with group size 16 goes with I32 \(8, 8\)"
+    message = r"down_proj: qzeros is int32 \(4, 8\), but qweight \(128, 8\) with group size 16 goes with int32 \(8, 8\)"
     with pytest.raises(CheckpointError, match=message):
         describe(directory)
 
@@ -155,21 +158,88 @@ def test_headers_are_read_without_the_tensors(tmp_path):
     save_file({"x": torch.zeros(3, 4, dtype=torch.int32), "s": torch.tensor(1.0)}, files[0])
     save_file({"y": torch.zeros(0, 2, dtype=torch.bfloat16)}, files[1])
     assert read_headers(files) == {
-        "x": StoredTensor("I32", (3, 4)),
-        "s": StoredTensor("F32", ()),
-        "y": StoredTensor("BF16", (0, 2)),
+        "x": StoredTensor(torch.int32, (3, 4)),
+        "s": StoredTensor(torch.float32, ()),
+        "y": StoredTensor(torch.bfloat16, (0, 2)),
     }
 
 
+FLOAT = StoredTensor(torch.float16, (8, 8))
+
+
+def layer_of(layout, n, k, name):
+    return {f"{name}.{part}": wanted.written for part, wanted in layout.parts(n, k).items()}
+
+
+@pytest.mark.parametrize("layout", [Gemm(group_size=32), PackQuantized(group_size=32)])
+def test_layers_are_found_with_their_sizes(tmp_path, layout):
+    stored = layer_of(layout, 16, 64, "a.b") | layer_of(layout, 8, 32, "c")
+    stored |= {"a.b.bias": StoredTensor(torch.float16, (16,)), "norm.weight": FLOAT}
+    assert check_layers(stored, layout, tmp_path) == {"a.b": (16, 64), "c": (8, 32)}
+
+
 def test_a_label_without_packed_tensors_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="says quant_method 'awq' but holds no qweight tensor"):
-        check_awq_tensors({"a.weight": StoredTensor("F16", (8, 8))}, 128, tmp_path)
+    with pytest.raises(CheckpointError, match="says that it is AutoAWQ GEMM but holds no qweight tensor"):
+        check_layers({"a.weight": FLOAT}, Gemm(), tmp_path)
 
 
-@pytest.mark.parametrize("group_size", [0, -2, None, "128", 32.0])
-def test_what_is_no_group_size_is_refused(tmp_path, group_size):
-    with pytest.raises(CheckpointError, match=f"quantization_config has group_size = {group_size!r}"):
-        check_awq_tensors({"a.qweight": StoredTensor("I32", (8, 1))}, group_size, tmp_path)
+def test_a_layer_that_lost_a_tensor_is_refused_by_name(tmp_path):
+    whole = layer_of(Gemm(group_size=32), 16, 64, "a") | layer_of(Gemm(group_size=32), 16, 64, "b")
+    for part in ("qzeros", "scales"):
+        with pytest.raises(CheckpointError, match=f"b: {part} is missing, but qweight"):
+            check_layers({n: t for n, t in whole.items() if n != f"b.{part}"}, Gemm(group_size=32), tmp_path)
+    with pytest.raises(CheckpointError, match="b: qzeros, scales without qweight"):
+        check_layers({n: t for n, t in whole.items() if n != "b.qweight"}, Gemm(group_size=32), tmp_path)
+
+
+def test_the_scale_of_an_activation_is_no_layer(tmp_path):
+    stored = layer_of(Gemm(group_size=32), 16, 64, "fc") | {"act.scales": StoredTensor(torch.float16, (16,))}
+    assert check_layers(stored, Gemm(group_size=32), tmp_path) == {"fc": (16, 64)}
+
+
+def test_the_layout_is_described(quantized):
+    assert describe(quantized.directory)["layout"] == {
+        "format": "AutoAWQ GEMM", "bits": 4, "group_size": 32, "symmetric": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"bits": 8}, {"quant_method": "gptq"}, {"group_size": 0}])
+def test_a_model_in_another_layout_is_described_without_one(damaged, change):
+    found = describe(damaged(lambda config: config.update(change)))
+    assert (found["layout"], found["quantized_layers"]) == (None, 14)
+
+
+def test_autoawqs_file_of_its_own_is_read(damaged):
+    directory = damaged()
+    settings = json.loads((directory / "config.json").read_text())
+    del settings["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(settings))
+    assert describe(directory)["layout"] is None
+    old = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (directory / "quant_config.json").write_text(json.dumps(old))
+    assert describe(directory)["layout"]["group_size"] == 32
+
+
+def test_an_index_that_promises_more_than_the_files_hold_is_refused(damaged):
+    directory = damaged()
+    index = {"weight_map": {"model.norm.weight": "model.safetensors", "gone.weight": "model.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json says that model\.safetensors holds gone\.weight"):
+        describe(directory)
+
+
+def test_what_lies_beside_the_weights_is_copied(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    kept = ["tokenizer.json", "chat_template.jinja", "tokenizer.model", "modeling.py", "preprocessor_config.json"]
+    left = ["config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "a.pt", ".hidden"]
+    for name in kept + left:
+        (source / name).write_text(name)
+    (source / "folder").mkdir()
+    copy_companions(source, target)
+    assert names(target) == sorted(kept)
+    assert (target / "modeling.py").read_text() == "modeling.py"
 
 
 def test_a_truncated_float_model_is_refused_by_name(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from kernelgraft_transformers.quantize import load_source
+from kernelgraft_transformers.checkpoint import load_model
 from kernelgraft_transformers.texts import Calibration, encode, perplexity, read_text
 
 
@@ -60,7 +60,7 @@ def test_a_text_becomes_one_stream_of_tokens(float_llama, words):
 
 @pytest.fixture(scope="module")
 def model(float_llama):
-    return load_source(str(float_llama)).model
+    return load_model(str(float_llama), torch.float32)
 
 
 def by_definition(model, tokens, window, count):

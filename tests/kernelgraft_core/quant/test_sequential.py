@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from kernelgraft_core.quant.sequential import BlockInputs, InputStatistics, capture_block_inputs, watch_inputs
+from kernelgraft_core.quant.sequential import (
+    BlockCalls,
+    BlockInputs,
+    InputStatistics,
+    capture_block_calls,
+    watch_inputs,
+)
 from kernelgraft_core.runtime.errors import NonFiniteError
 
 
@@ -23,16 +29,21 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Calls each block in its own way, and adds to the hidden states in front of the second."""
+
     def __init__(self, by_keyword=False):
         super().__init__()
         self.embed, self.by_keyword = nn.Embedding(10, 4), by_keyword
-        self.blocks = nn.ModuleList([Block(as_tuple=True), Block()])
+        self.blocks = nn.ModuleList([Block(as_tuple=True), Block(), Block()])
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache, image=None):
         assert not use_cache
         hidden = self.embed(input_ids)
-        for block in self.blocks:
-            out = block(hidden_states=hidden, shift=2.0) if self.by_keyword else block(hidden, shift=2.0)
+        for index, block in enumerate(self.blocks):
+            if index == 1 and image is not None:
+                hidden = hidden + image
+            shift = 2.0 + index
+            out = block(hidden_states=hidden, shift=shift) if self.by_keyword else block(hidden, shift=shift)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
@@ -42,28 +53,61 @@ def decoder(request):
     return Decoder(by_keyword=request.param)
 
 
+BATCHES = [
+    {"input_ids": torch.tensor([[1, 2, 3]]), "image": torch.linspace(-1, 1, 12).view(1, 3, 4)},
+    {"input_ids": torch.tensor([[4, 5]])},
+]
+
+
 @torch.no_grad()
-def test_the_inputs_of_the_first_block_are_captured_without_running_it(decoder):
-    batches = [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])]
-    inputs = capture_block_inputs(decoder, decoder.blocks[0], batches)
-    assert [block.calls for block in decoder.blocks] == [0, 0]
-    assert all(torch.equal(h, decoder.embed(b)) for h, b in zip(inputs.hidden, batches, strict=True))
-    assert inputs.kwargs == [{"shift": 2.0}] * 2
+def test_calls_are_captured_without_running_a_block(decoder):
+    decoder.blocks.to("meta")
+    calls = capture_block_calls(decoder, decoder.blocks, BATCHES)
+    assert [block.calls for block in decoder.blocks] == [0, 0, 0]
+    assert all(torch.equal(h, decoder.embed(b["input_ids"])) for h, b in zip(calls.first, BATCHES, strict=True))
+    assert calls.kwargs == [[{"shift": 2.0 + index}] * 2 for index in range(3)]
+    assert torch.equal(calls.between[1][0], BATCHES[0]["image"])
+    assert [extra is None for row in calls.between for extra in row] == [True, True, False, True, True, True]
 
-    through = inputs.through(decoder.blocks[0]).through(decoder.blocks[1])  # nothing is left behind to stop it
-    assert all(torch.equal(h, decoder(b, use_cache=False)) for h, b in zip(through.hidden, batches, strict=True))
+
+@torch.no_grad()
+def test_block_after_block_is_the_whole_model(decoder):
+    calls = capture_block_calls(decoder, decoder.blocks, BATCHES)
+    hidden = calls.first
+    for index, block in enumerate(decoder.blocks):
+        outputs = list(calls.inputs(index, hidden).outputs(block))
+        hidden = list(calls.entering(index + 1, outputs)) if index < 2 else outputs
+    wanted = [decoder(**batch, use_cache=False) for batch in BATCHES]  # nothing is left behind to stop it
+    assert all(map(torch.equal, hidden, wanted))
 
 
-def test_a_model_that_fails_leaves_no_hook_behind(decoder):
+def test_a_forward_of_the_blocks_own_comes_back(decoder):
+    """Accelerate puts one there, to move weights."""
+    block = decoder.blocks[0]
+    block.forward = own = lambda *args, **kwargs: None
+    capture_block_calls(decoder, decoder.blocks, BATCHES)
+    assert block.forward is own
+    assert all("forward" not in other.__dict__ for other in decoder.blocks[1:])
+
+
+def test_a_model_that_fails_is_left_as_it_was(decoder):
     with pytest.raises(IndexError):
-        capture_block_inputs(decoder, decoder.blocks[0], [torch.tensor([[99]])])
+        capture_block_calls(decoder, decoder.blocks, [{"input_ids": torch.tensor([[99]])}])
     decoder(torch.tensor([[1]]), use_cache=False)
-    assert decoder.blocks[1].calls == 1
+    assert decoder.blocks[2].calls == 1
 
 
-def test_no_batches_give_no_inputs(decoder):
-    inputs = capture_block_inputs(decoder, decoder.blocks[0], [])
-    assert (inputs.hidden, inputs.tokens) == ([], 0)
+def test_no_batches_give_no_calls(decoder):
+    calls = capture_block_calls(decoder, decoder.blocks, [])
+    assert (calls.first, calls.kwargs, calls.between) == ([], [[], [], []], [[], [], []])
+    assert calls.inputs(0, []).tokens == 0
+
+
+def test_arguments_move_to_the_device_of_the_block_however_deep_they_lie():
+    nested = {"rope": (torch.ones(2), torch.zeros(2)), "cache": {"mask": torch.ones(3)}, "flag": None, "n": 3}
+    (moved,) = BlockCalls([], [[nested]], [[None]]).inputs(0, [torch.zeros(1, 2, 4)], torch.device("meta")).kwargs
+    assert [t.device.type for t in (*moved["rope"], moved["cache"]["mask"])] == ["meta"] * 3
+    assert (moved["flag"], moved["n"], type(moved["rope"])) == (None, 3, tuple)
 
 
 def lengths(inputs):

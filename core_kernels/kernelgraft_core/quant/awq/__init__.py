@@ -1,5 +1,5 @@
 """Activation-aware weight quantization (AWQ; Lin et al., arXiv 2306.00978)."""
 
-from .algorithm import AwqConfig, BlockResult, LayerReport, quantize_awq
+from .algorithm import AwqConfig, AwqMethod, quantize_awq, rtn_config
 
-__all__ = ["AwqConfig", "BlockResult", "LayerReport", "quantize_awq"]
+__all__ = ["AwqConfig", "AwqMethod", "quantize_awq", "rtn_config"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernelgraft_core.quant.rounding import Grid
+from kernelgraft_core.quant.rounding import Grid, Scheme, nearest_grid
 
 
-def search_grid(groups: Tensor, moments: Tensor, *, steps: int = 10, max_shrink: float = 0.5) -> Grid:
+def search_grid(groups: Tensor, moments: Tensor, scheme: Scheme, *, steps: int = 10, max_shrink: float = 0.5) -> Grid:
     """The grid of every group of weights that changes the layer's output least.
 
     AWQ shrinks a group's range symmetrically, ``steps`` times by up to ``max_shrink``, and keeps the best by the
@@ -20,9 +20,10 @@ def search_grid(groups: Tensor, moments: Tensor, *, steps: int = 10, max_shrink:
         groups: ``(N, G, g)`` weights.
         moments: ``(G, g, g)`` second moments of the input
             (:class:`~kernelgraft_core.quant.sequential.InputStatistics`).
+        scheme: bits and symmetry; the groups are already of its size.
     """
     low, high = groups.amin(-1), groups.amax(-1)
-    search = _Search(groups, moments, low, high)
+    search = _Search(groups, moments, scheme)
     reach = torch.maximum(-low, high)
     ratios = [1 - max_shrink * i / steps for i in range(1, steps)]
     for ratio in ratios:
@@ -49,22 +50,20 @@ def _energy(groups: Tensor, moments: Tensor) -> Tensor:
 class _Search:
     """The best grid so far, group by group."""
 
-    def __init__(self, groups: Tensor, moments: Tensor, low: Tensor, high: Tensor) -> None:
+    def __init__(self, groups: Tensor, moments: Tensor, scheme: Scheme) -> None:
         self._groups, self._moments = groups, moments
-        self.low, self.high = low, high
-        self.grid = Grid.spanning(low, high)
+        self.low, self.high = groups.amin(-1), groups.amax(-1)
+        self.grid = nearest_grid(groups, scheme)
         self._error = self._error_of(self.grid)
 
     def offer(self, low: Tensor, high: Tensor) -> None:
         """Take the grid from ``low`` to ``high`` wherever it is better."""
-        grid = Grid.spanning(low, high)
+        grid = Grid.spanning(low, high, self.grid.scheme)
         error = self._error_of(grid)
         better = error < self._error
         self._error = torch.where(better, error, self._error)
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
-        self.grid = Grid(
-            torch.where(better, grid.scales, self.grid.scales), torch.where(better, grid.zeros, self.grid.zeros)
-        )
+        self.grid = grid.where(better, self.grid)
 
     def _error_of(self, grid: Grid) -> Tensor:
         return _energy(grid.reproduce(self._groups) - self._groups, self._moments)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernelgraft_core.quant.ranks import all_sum_float
 from kernelgraft_core.quant.sequential import BlockInputs
 
 
@@ -38,7 +39,7 @@ class ModuleProbe:
             lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
         )
         try:
-            (inputs.spread(tokens) if per_token else inputs.take(tokens)).through(block)
+            (inputs.spread(tokens) if per_token else inputs.take(tokens)).run(block)
         finally:
             hook.remove()
         if per_token:
@@ -58,7 +59,7 @@ class ModuleProbe:
             for layer, weight in zip(self._layers, own, strict=True):
                 layer.weight.data = weight
         change = sum(float((a - b).square().sum()) for a, b in zip(outputs, self._wanted, strict=True))
-        return change / sum(wanted.numel() for wanted in self._wanted)
+        return all_sum_float(change) / all_sum_float(sum(wanted.numel() for wanted in self._wanted))
 
     def _outputs(self) -> list[Tensor]:
         found = [self._module(*args, **kwargs) for args, kwargs in self._calls]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernelgraft_core.quant.rounding import fake_quantize, split_groups
+from kernelgraft_core.quant.rounding import Scheme, fake_quantize, split_groups
 
 ACTIVATION, ACTIVATION_OVER_WEIGHT = "activation", "activation/weight"
 
@@ -46,7 +46,7 @@ def search_scales(
     mean_abs: Tensor,
     objective: Objective,
     *,
-    group_size: int,
+    scheme: Scheme,
     points: int = 20,
 ) -> ScaleChoice:
     """Search ``s = a^r`` and ``s = a^r / b^(1 - r)`` on a grid of ``points`` values of ``r`` in [0, 1).
@@ -62,15 +62,15 @@ def search_scales(
     Returns:
         The best candidate; plain rounding wins ties.
     """
-    plain_error = objective([fake_quantize(w, group_size) for w in weights])
-    relative = _relative_magnitude(weights, group_size)
+    plain_error = objective([fake_quantize(w, scheme) for w in weights])
+    relative = _relative_magnitude(weights, scheme.group_size)
     tried: dict[tuple[str, int], tuple[float, Tensor]] = {("identity", 0): (plain_error, torch.ones_like(mean_abs))}
 
     def attempt(form: str, point: int) -> None:
         if (form, point) not in tried and 0 <= point < points:
             r = point / points
             scales = _centred(mean_abs.pow(r) if form == ACTIVATION else mean_abs.pow(r) / (relative.pow(1 - r) + 1e-4))
-            tried[form, point] = objective([fake_quantize(w * scales, group_size) / scales for w in weights]), scales
+            tried[form, point] = objective([fake_quantize(w * scales, scheme) / scales for w in weights]), scales
 
     # Every other point of both forms, then the neighbours of the best: the curves are smooth, and this halves the work.
     for form in (ACTIVATION, ACTIVATION_OVER_WEIGHT):
@@ -94,14 +94,3 @@ def _centred(scales: Tensor) -> Tensor:
 def _relative_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     groups = split_groups(torch.cat([w.float() for w in weights]).abs(), group_size)
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).flatten(1).mean(0)
-
-
-def fold_into_source(source: nn.Module, scales: Tensor) -> None:
-    """Divide the output channels of a norm or linear layer by ``scales`` ``(K,)``, in place."""
-    weight = source.weight
-    assert isinstance(weight, Tensor)
-    bias = getattr(source, "bias", None)
-    divisor = scales.to(weight.dtype)
-    weight.data.div_(divisor.unsqueeze(-1) if weight.dim() == 2 else divisor)
-    if bias is not None:
-        bias.data.div_(divisor)

@@ -1,1 +1,1 @@
-"""Checkpoint formats of other projects: exact packing in both directions."""
+"""Checkpoint formats: exact packing in both directions, one description per format."""

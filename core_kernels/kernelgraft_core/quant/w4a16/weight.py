@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kernelgraft_core.quant.int4 import pack_int4, unpack_int4
+from kernelgraft_core.quant.packed.weight import PackedWeight
 
 
 @dataclass(frozen=True)
-class W4A16Weight:
+class W4A16Weight(PackedWeight):
     """``W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]`` with ``g = K / scales.shape[1]``.
 
     Attributes:
@@ -19,50 +20,22 @@ class W4A16Weight:
             order, contiguous.
         scales: float16 ``(N, K / g)``.
         zeros: uint8 ``(N, K / g)``, 0..15.
-
-    The logical shapes are the same everywhere; :meth:`arranged` only changes strides.
     """
+
+    bits: ClassVar[int] = 4
+    per_word: ClassVar[int] = 8
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor
 
-    @classmethod
-    def from_integers(cls, q: Tensor, scales: Tensor, zeros: Tensor) -> W4A16Weight:
-        """Pack integers ``q`` ``(N, K)`` in 0..15 with ``scales`` and ``zeros`` ``(N, K / g)``.
+    @staticmethod
+    def pack(q: Tensor) -> tuple[Tensor, ...]:
+        return (pack_int4(q),)
 
-        Raises:
-            ValueError: shapes disagree, K is not a multiple of 8, or an integer is outside 0..15.
-        """
-        if scales.shape != zeros.shape or scales.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"q is {tuple(q.shape)}, scales {tuple(scales.shape)}, zeros {tuple(zeros.shape)}: they disagree"
-            )
-        if zeros.numel() and (zeros.min() < 0 or zeros.max() > 15):
-            raise ValueError(f"zeros span {int(zeros.min())}..{int(zeros.max())}, expected 0..15")
-        return cls(pack_int4(q), scales.to(torch.float16), zeros.to(torch.uint8)).arranged()
-
-    def arranged(self) -> W4A16Weight:
-        """The same weight with the strides its device reads fastest: groups innermost on CPU, rows innermost on GPU."""
-        scales, zeros = self.scales, self.zeros
-        if self.qweight.device.type == "cpu":
-            scales, zeros = scales.contiguous(), zeros.contiguous()
-        else:
-            scales, zeros = scales.T.contiguous().T, zeros.T.contiguous().T
-        return W4A16Weight(self.qweight.contiguous(), scales, zeros)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.qweight, self.scales, self.zeros
 
     def integers(self) -> Tensor:
-        """``q`` as uint8 ``(N, K)``."""
         return unpack_int4(self.qweight)
-
-    @property
-    def out_features(self) -> int:
-        return self.qweight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.qweight.shape[1] * 8
-
-    @property
-    def group_size(self) -> int:
-        return self.in_features // self.scales.shape[1]

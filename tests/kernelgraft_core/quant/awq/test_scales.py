@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from kernelgraft_core.quant.awq.scales import ScaleChoice, fold_into_source, search_scales
-from kernelgraft_core.quant.rounding import fake_quantize
+from kernelgraft_core.quant.awq.scales import ScaleChoice, search_scales
+from kernelgraft_core.quant.rounding import Scheme, fake_quantize
 
-K, GROUP = 64, 32
+K = 64
+W4 = Scheme(4, 32)
 
 
 def output_error(x, weights):
@@ -21,7 +21,7 @@ def output_error(x, weights):
 
 
 def search(x, weights, objective=None, **options):
-    options = {"group_size": GROUP} | options
+    options = {"scheme": W4} | options
     return search_scales(weights, x.abs().mean(0), objective or output_error(x, weights), **options)
 
 
@@ -33,18 +33,20 @@ def outlier():
     return x, [torch.randn(48, K), torch.randn(16, K)]
 
 
-@pytest.mark.parametrize("group_size", [GROUP, -1])
-def test_an_outlier_channel_gets_a_scale_that_lowers_the_error(outlier, group_size):
+@pytest.mark.parametrize(
+    "scheme", [W4, Scheme(4, -1), Scheme(4, 32, symmetric=True), Scheme(3, 32)], ids=["W4", "row", "symmetric", "W3"]
+)
+def test_an_outlier_channel_gets_a_scale_that_lowers_the_error(outlier, scheme):
     x, weights = outlier
-    choice = search(x, weights, group_size=group_size)
+    choice = search(x, weights, scheme=scheme)
     assert choice.form != "identity"
     assert choice.scales.argmax() == 7
     assert choice.error < 0.5 * choice.plain_error
 
     objective = output_error(x, weights)
-    rounded = [fake_quantize(w * choice.scales, group_size) / choice.scales for w in weights]
+    rounded = [fake_quantize(w * choice.scales, scheme) / choice.scales for w in weights]
     assert objective(rounded) == pytest.approx(choice.error)
-    assert objective([fake_quantize(w, group_size) for w in weights]) == pytest.approx(choice.plain_error)
+    assert objective([fake_quantize(w, scheme) for w in weights]) == pytest.approx(choice.plain_error)
 
 
 def test_the_choice_is_the_best_candidate_of_the_curve(outlier):
@@ -101,30 +103,3 @@ def test_coarse_grids_work(outlier, points):
 def test_no_search_means_no_scales():
     choice = ScaleChoice.identity(torch.rand(5))
     assert (choice.form, choice.scales.tolist(), choice.curve) == ("identity", [1.0] * 5, ())
-
-
-SOURCES = [
-    pytest.param(lambda: nn.LayerNorm(K), id="norm-with-bias"),
-    pytest.param(lambda: nn.RMSNorm(K), id="norm-without-bias"),
-    pytest.param(lambda: nn.Linear(20, K), id="linear-with-bias"),
-    pytest.param(lambda: nn.Linear(20, K, bias=False), id="linear-without-bias"),
-]
-
-
-@pytest.mark.parametrize("make", SOURCES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_folded_scales_leave_the_product_unchanged(make, dtype):
-    source, target = make().to(dtype), nn.Linear(K, 12).to(dtype)
-    for parameter in source.parameters():
-        parameter.data.normal_()
-    x = torch.randn(9, source.weight.shape[-1], dtype=dtype)
-    scales = torch.logspace(-2, 2, K)
-    before, inner = target(source(x)), source(x)
-
-    target.weight.data = target.weight * scales
-    fold_into_source(source, scales)
-
-    tolerance = {torch.float32: 2e-5, torch.float64: 1e-13}[dtype]
-    torch.testing.assert_close(source(x) * scales, inner, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(target(source(x)), before, rtol=tolerance, atol=tolerance * before.abs().max().item())
-    assert source.weight.dtype is dtype

@@ -99,6 +99,8 @@ def test_a_weight_of_other_sizes_is_refused(k, n, group):
     layer, other = loaded(bias=False), AwqLinear(k, n, group)
     layer.prepare()
     message = rf"the weight is {k} x {n} with group size {group}; this layer has in_features=128, .* group_size=32"
+    if group != GROUP:
+        message = r"qzeros is int32 \(2, 6\), but qweight \(128, 6\) with group size 32 goes with int32 \(4, 6\)"
     with pytest.raises(ValueError, match=message):
         layer.load_state_dict(other.state_dict())
     assert_same_state(layer.state_dict(), checkpoint(bias=False))
@@ -197,4 +199,4 @@ def test_sizes_that_the_format_cannot_hold_are_refused(k, n, group):
 
 
 def test_it_prints_what_it_is():
-    assert repr(loaded()) == "AwqLinear(in_features=128, out_features=48, group_size=32, bias=True)"
+    assert repr(loaded()) == "AwqLinear(in_features=128, out_features=48, bits=4, group_size=32, bias=True)"

@@ -12,10 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelgraft_core.quant.w4a16 import W4A16Weight, cpu, dequantize_w4a16, reference, w4a16_linear
-from kernelgraft_core.quant.w4a16.examples import example_args
 from kernelgraft_core.quant.w4a16.ops import w4a16_linear_dgrad
-from kernelgraft_core.runtime.errors import NoBackendError
-from kernelgraft_core.runtime.op import registered_ops
 from kernelgraft_core.runtime.testing import assert_close
 
 # 16-bit block floating point costs 2.5e-5 of the activations' rms; rounding the result costs float16 and bfloat16 more.
@@ -282,49 +279,6 @@ def test_gradients_equal_those_of_the_whole_weight(installation, dtype, lead):
     assert_close("grad_bias", grad.double().reshape(-1, 37).sum(0), bias.grad, RATIO[dtype])
 
 
-def test_a_gradient_of_other_strides_is_taken():
-    layer, x = Layer(37, 64, 64), torch.randn(4, 64, requires_grad=True)
-    layer(x).T.sum().backward()
-    assert_close("grad_x", torch.ones(4, 37).double() @ layer.dense, x.grad, RATIO[x.dtype])
-
-
-def test_a_second_derivative_is_refused_rather_than_wrong():
-    layer, x = Layer(8, 64, 64), torch.randn(2, 64, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="w4a16_linear_dgrad has no gradient"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("name", ["w4a16_linear", "w4a16_linear_dgrad", "dequantize_w4a16"])
-def test_opcheck(name):
-    op = getattr(torch.ops.kernelgraft, name).default
-    args = example_args("cpu")[name]
-    torch.library.opcheck(op, args)
-    if name == "w4a16_linear":
-        x, *weight, bias = args
-        torch.library.opcheck(op, (x.requires_grad_(), *weight, bias.requires_grad_()))
-        torch.library.opcheck(op, (x.detach().expand(2, *x.shape).transpose(0, 1), *weight, None))
-
-
-def test_compiles_without_a_graph_break_and_so_does_its_gradient():
-    layer = Layer(37, 192, 64)
-    compiled = torch.compile(lambda x, bias: layer(x.sin(), bias) * 2, fullgraph=True, backend="aot_eager")
-    x, bias = torch.randn(2, 3, 192, requires_grad=True), torch.randn(37, requires_grad=True)
-    out = compiled(x, bias)
-    torch.testing.assert_close(out, layer(x.sin(), bias) * 2)
-    found = torch.autograd.grad(out.sum(), (x, bias))
-    wanted = torch.autograd.grad((layer(x.sin(), bias) * 2).sum(), (x, bias))
-    torch.testing.assert_close(found, wanted)
-
-
-def test_autocast_converts_activations_as_for_a_linear_layer():
-    layer, x, bias = Layer(37, 128, 64), torch.randn(3, 128), torch.randn(37)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = layer(x, bias)
-    assert out.dtype is torch.bfloat16
-    assert torch.equal(out, layer(x.bfloat16(), bias.bfloat16()))
-
-
 def test_one_thread_and_two_give_the_same_bits(installation):
     layer, x, grad = Layer(150, 256, 64), torch.randn(50, 256), torch.randn(50, 150)
     results = []
@@ -334,108 +288,6 @@ def test_one_thread_and_two_give_the_same_bits(installation):
         results.append((few, many, w4a16_linear_dgrad(grad, *layer.tensors), dequantize_w4a16(*layer.tensors)))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
-
-
-def test_a_forced_reference_is_the_reference(monkeypatch):
-    layer, x = Layer(37, 192, 64), torch.randn(5, 192)
-    ours = layer(x)
-    monkeypatch.setenv("KERNELGRAFT_BACKEND", "reference")
-    forced = layer(x)
-    assert torch.equal(forced, reference.w4a16_linear(x, *layer.tensors, None))
-    assert_close("cpu backend", forced, ours, RATIO[x.dtype])
-    monkeypatch.setenv("KERNELGRAFT_BACKEND", "triton")
-    with pytest.raises(NoBackendError, match=r"w4a16_linear cannot run on cpu.*KERNELGRAFT_BACKEND is triton"):
-        layer(x)
-
-
-def test_float64_goes_to_the_reference_and_says_why():
-    args = (torch.randn(2, 64, dtype=torch.float64), *Layer(8, 64, 64).tensors, None)
-    verdicts = registered_ops()["w4a16_linear"].explain("cpu", *args)
-    assert verdicts == {"cpu": "float64 is computed by the reference", "reference": "runs"}
-
-
-def layer_of(**changed):
-    tensors = {
-        "x": torch.zeros(3, 64),
-        "qweight": torch.zeros(16, 8, dtype=torch.int32),
-        "scales": torch.ones(16, 2, dtype=torch.float16),
-        "zeros": torch.zeros(16, 2, dtype=torch.uint8),
-        "bias": torch.zeros(16),
-    }
-    return tensors | changed
-
-
-REFUSED = [
-    pytest.param({"x": torch.zeros(3, 63)}, r"x is \(3, 63\), expected \(\.\.\., 64\)", id="x-shape"),
-    pytest.param({"x": torch.tensor(1.0)}, r"x is \(\), expected \(\.\.\., 64\)", id="x-scalar"),
-    pytest.param({"x": torch.zeros(3, 64).int()}, "x is torch.int32, expected one of", id="x-dtype"),
-    pytest.param({"x": torch.zeros(3, 64, device="meta")}, "x is on meta, qweight on cpu", id="x-device"),
-    pytest.param({"qweight": torch.zeros(16, 8)}, r"qweight is torch.float32 \(16, 8\)", id="qweight-dtype"),
-    pytest.param({"qweight": torch.zeros(16, 8, 1).int()}, r"qweight is torch.int32 \(16, 8, 1\)", id="qweight-rank"),
-    pytest.param({"scales": torch.ones(16, 2)}, "scales are torch.float32", id="scales-dtype"),
-    pytest.param({"zeros": torch.zeros(16, 2).int()}, "zeros torch.int32", id="zeros-dtype"),
-    pytest.param({"scales": torch.ones(15, 2).half()}, r"scales is \(15, 2\), expected \(16, ", id="scales-rows"),
-    pytest.param({"zeros": torch.zeros(16, 4).byte()}, r"zeros is \(16, 4\), expected \(16, ", id="zeros-groups"),
-    pytest.param({"scales": torch.ones(16).half()}, r"scales is \(16,\)", id="scales-rank"),
-    pytest.param(
-        {"zeros": torch.zeros(16, 2, device="meta").byte()}, "zeros is on meta, qweight on cpu", id="zeros-device"
-    ),
-    pytest.param(
-        {"scales": torch.ones(16, 3).half(), "zeros": torch.zeros(16, 3).byte()},
-        "K = 64 does not split into 3 groups",
-        id="groups-do-not-divide",
-    ),
-    pytest.param(
-        {"scales": torch.ones(16, 16).half(), "zeros": torch.zeros(16, 16).byte()},
-        "K = 64 does not split into 16 groups of a multiple of 8",
-        id="group-of-4",
-    ),
-    pytest.param(
-        {"scales": torch.ones(16, 0).half(), "zeros": torch.zeros(16, 0).byte()}, "into 0 groups", id="no-groups"
-    ),
-    pytest.param(
-        {"bias": torch.zeros(15)}, r"bias is torch.float32 \(15,\) on cpu, expected .*\(16,\)", id="bias-shape"
-    ),
-    pytest.param({"bias": torch.zeros(16).half()}, "bias is torch.float16 .*expected torch.float32", id="bias-dtype"),
-    pytest.param({"bias": torch.zeros(16, device="meta")}, "bias is .* on meta", id="bias-device"),
-]
-
-
-@pytest.mark.parametrize(("changed", "message"), REFUSED)
-def test_what_does_not_fit_is_refused_with_its_value(changed, message):
-    x, *weight, bias = layer_of(**changed).values()
-    with pytest.raises(ValueError, match=message):
-        w4a16_linear(x, *weight, bias)
-    if "x" not in changed and "bias" not in changed:
-        with pytest.raises(ValueError, match=message):
-            dequantize_w4a16(*weight)
-        with pytest.raises(ValueError, match=message):
-            w4a16_linear_dgrad(torch.zeros(3, 16), *weight)
-
-
-@pytest.mark.parametrize(
-    ("grad", "message"),
-    [
-        pytest.param(torch.zeros(3, 64), r"grad is \(3, 64\), expected \(\.\.\., 16\)", id="shape"),
-        pytest.param(torch.zeros(3, 16).long(), "grad is torch.int64, expected one of", id="dtype"),
-        pytest.param(torch.zeros(3, 16, device="meta"), "grad is on meta, qweight on cpu", id="device"),
-    ],
-)
-def test_a_gradient_that_does_not_fit_is_refused_with_its_value(grad, message):
-    _, *weight, _ = layer_of().values()
-    with pytest.raises(ValueError, match=message):
-        w4a16_linear_dgrad(grad, *weight)
-
-
-def test_a_weight_without_columns_is_refused():
-    empty = (torch.zeros(4, 0).int(), torch.ones(4, 1).half(), torch.zeros(4, 1).byte())
-    with pytest.raises(ValueError, match="K = 0"):
-        w4a16_linear(torch.zeros(3, 0), *empty)
-
-
-def test_a_dtype_that_is_no_float_is_refused():
-    with pytest.raises(ValueError, match=r"dtype is torch\.int8, expected one of"):
-        dequantize_w4a16(*Layer(8, 64, 64).tensors, torch.int8)
 
 
 class LargestTensor(TorchDispatchMode):

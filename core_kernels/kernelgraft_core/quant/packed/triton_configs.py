@@ -1,4 +1,4 @@
-"""Which W4A16 kernel and tile runs a shape: the configurations, what each should cost, and the choice.
+"""Which kernel and tile multiplies with a packed weight: the configurations, what each should cost, and the choice.
 
 Nothing here imports Triton or needs a GPU. The cost model ranks a handful of tiles; its constants are data sheet
 numbers and instruction counts read from SASS. A measured plan overrides it.
@@ -14,7 +14,8 @@ import torch
 
 from kernelgraft_core.runtime.plans import PLANS
 
-OP, VERSION = "w4a16_linear", 1  # a new version makes stored plans void
+VERSIONS = {3: 1, 4: 1}  # by bits; a new version makes stored plans void
+UNPACKED = {3: 30, 4: 40}  # weights per clock and multiprocessor: 4 and 3 instructions each, at 32 lanes times 4
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,9 @@ class Config:
         """Columns that a program consumes per iteration."""
         return self.block_k * (self.warps if self.kernel == "slice_k" else 1)
 
-    @property
-    def stage_bytes(self) -> int:
-        """Shared memory of one stage, without the scales."""
-        return (self.block_n // 2 + self.block_m * 2) * self.step
+    def stage_bytes(self, bits: int) -> int:
+        """Shared memory of one stage, without the scales, for weights of so many bits."""
+        return (self.block_n * bits // 8 + self.block_m * 2) * self.step
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ def architecture(capability: tuple[int, int]) -> int | None:
     return 80 if (major, minor) == (8, 0) else 89  # the small Amperes, Ada and 12.x all have 99 KB of shared memory
 
 
-def candidates(arch: int, m: int, n: int, k: int, group: int, packed: bool = True) -> tuple[Config, ...]:
+def candidates(arch: int, bits: int, m: int, n: int, k: int, group: int, packed: bool = True) -> tuple[Config, ...]:
     """Every configuration that makes sense for ``(m, k) @ (n, k).T``, for a tuner to measure.
 
     Args:
         arch: key of :data:`ARCHITECTURES`.
+        bits: of a weight, 3 or 4.
         m, n, k: tokens, output and input features, none of them 0.
         group: columns that share a scale.
         packed: whether the kernels may read the scales of several rows at once: rows innermost, multiples of four.
@@ -150,7 +151,7 @@ def list_selectable(arch: int, ragged: bool = False) -> tuple[Config, ...]:
     return tuple(t for t in tiles if t.block_m * t.block_n <= 64 * 64 and t.block_n != 32 and t.step <= 256)
 
 
-def estimate(arch: int, config: Config, m: int, n: int, k: int, group: int) -> float:
+def estimate(arch: int, bits: int, config: Config, m: int, n: int, k: int, group: int) -> float:
     """Microseconds that a configuration should take: the slowest of tensor cores, unpacking, L2 and memory.
 
     Rounded up to whole waves, with a memory bandwidth that too few bytes in flight cannot reach.
@@ -159,22 +160,22 @@ def estimate(arch: int, config: Config, m: int, n: int, k: int, group: int) -> f
     cycles_per_us = gpu.clock * 1e3
     bytes_per_us = gpu.memory * 1e3
     launch, latency = 2.0, 0.9
-    weight_bytes = n * k * (0.5 + 3 / group)
+    weight_bytes = n * k * (bits / 8 + 3 / group)
     activation_bytes = 2 * (m * k + m * n)
     if config.kernel == "dequantize":
         multiply = m * n * k / (gpu.macs * gpu.multiprocessors * cycles_per_us * 0.8)
         return 2 * launch + (weight_bytes + 4 * n * k) / bytes_per_us + max(multiply, activation_bytes / bytes_per_us)
     tiles = -(-m // config.block_m) * -(-n // config.block_n) * config.splits
-    resident = max(1, min(gpu.shared // (config.stage_bytes * (config.stages - 1)), 16 // config.warps))
+    resident = max(1, min(gpu.shared // (config.stage_bytes(bits) * (config.stages - 1)), 16 // config.warps))
     waves = -(-tiles // (gpu.multiprocessors * resident))
     steps = -(-k // (config.step * config.splits))
     # A third of the tensor cores' rate is lost to barriers and to unpacking that does not overlap.
     tensor = config.block_m * config.block_n * config.step / (gpu.macs * 0.65)
-    unpack = config.block_n * config.step / 40
+    unpack = config.block_n * config.step / UNPACKED[bits]
     per_multiprocessor = min(resident, -(-tiles // gpu.multiprocessors))
     compute = waves * steps * max(tensor, unpack) * per_multiprocessor / cycles_per_us
-    in_flight = min(tiles, gpu.multiprocessors * resident) * config.stage_bytes * (config.stages - 1)
-    traffic = tiles * steps * config.step * (config.block_n / 2 + 2 * min(m, config.block_m))
+    in_flight = min(tiles, gpu.multiprocessors * resident) * config.stage_bytes(bits) * (config.stages - 1)
+    traffic = tiles * steps * config.step * (config.block_n * bits / 8 + 2 * min(m, config.block_m))
     memory = max(
         (weight_bytes + activation_bytes) / min(bytes_per_us, in_flight / latency), traffic / (2.0 * bytes_per_us)
     )
@@ -185,9 +186,15 @@ def estimate(arch: int, config: Config, m: int, n: int, k: int, group: int) -> f
 
 
 @functools.lru_cache(maxsize=4096)
-def heuristic(arch: int, m: int, n: int, k: int, group: int, packed: bool = True) -> Config:
+def heuristic(arch: int, bits: int, m: int, n: int, k: int, group: int, packed: bool = True) -> Config:
     """The cheapest candidate by :func:`estimate`; float16 and bfloat16 cost the same."""
-    return min(candidates(arch, m, n, k, group, packed), key=lambda config: estimate(arch, config, m, n, k, group))
+    found = candidates(arch, bits, m, n, k, group, packed)
+    return min(found, key=lambda config: estimate(arch, bits, config, m, n, k, group))
+
+
+def plan_op(bits: int) -> tuple[str, int]:
+    """The op and the version that plans for weights of so many bits are kept under."""
+    return f"w{bits}a16_linear", VERSIONS[bits]
 
 
 def plan_shape(dtype: torch.dtype, m: int, n: int, k: int, group: int) -> dict[str, str | int]:
@@ -196,23 +203,23 @@ def plan_shape(dtype: torch.dtype, m: int, n: int, k: int, group: int) -> dict[s
 
 
 def choose_config(
-    arch: int, arch_key: str, dtype: torch.dtype, m: int, n: int, k: int, group: int, packed: bool
+    arch: int, arch_key: str, bits: int, dtype: torch.dtype, m: int, n: int, k: int, group: int, packed: bool
 ) -> Config:
     """The configuration to run: a stored plan where there is a usable one, else the heuristic.
 
     Args:
         arch_key: what plans for this device are kept under.
         dtype: of the activations.
-        arch, m, n, k, group, packed: as for :func:`candidates`.
+        arch, bits, m, n, k, group, packed: as for :func:`candidates`.
     """
-    stored = PLANS.lookup(OP, VERSION, arch_key, plan_shape(dtype, m, n, k, group))
-    if stored is not None and (config := _planned(arch, tuple(stored.items()), m, n, k, group, packed)):
+    stored = PLANS.lookup(*plan_op(bits), arch_key, plan_shape(dtype, m, n, k, group))
+    if stored is not None and (config := _planned(arch, bits, tuple(stored.items()), m, n, k, group, packed)):
         return config
-    return heuristic(arch, m, n, k, group, packed)
+    return heuristic(arch, bits, m, n, k, group, packed)
 
 
 @functools.lru_cache(maxsize=4096)
 def _planned(
-    arch: int, stored: tuple[tuple[str, object], ...], m: int, n: int, k: int, group: int, packed: bool
+    arch: int, bits: int, stored: tuple[tuple[str, object], ...], m: int, n: int, k: int, group: int, packed: bool
 ) -> Config | None:
-    return next((c for c in candidates(arch, m, n, k, group, packed) if asdict(c) == dict(stored)), None)
+    return next((c for c in candidates(arch, bits, m, n, k, group, packed) if asdict(c) == dict(stored)), None)

@@ -1,0 +1,1 @@
+"""What the linear layers of packed weights share, whatever the width: one room each for weight, ops, backends."""

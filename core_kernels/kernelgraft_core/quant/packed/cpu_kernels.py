@@ -1,0 +1,288 @@
+"""The CPU kernels of the packed linear layers: 16-bit integer dot products, compiled by numba, no C compiler.
+
+Activations become 16-bit block floating point: every block of at most 256 values along K, never larger than a weight
+group, is scaled so that its largest magnitude is 32767. Every value is then off by at most half a step. The product
+becomes ``sum(q * xq)``, exact in 32-bit integers: a lane adds at most 32 products, each below ``15 * 32768``.
+
+    y[m, n] = sum_b  xs[m, b] * scale[n, b] * (sum_k q[n, k] * xq[m, k]  -  zero[n, b] * sum_k xq[m, k])
+
+Where a block's largest value dwarfs the others, the token is uneven: what rounding left over becomes a second token,
+quantized like the first, and its product is added. Such tokens end up more exact than the rest.
+
+A call is two kernels, one after the other: :func:`quantize_tokens`, then what :func:`rows_kernel` gives.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from kernelgraft_core.runtime.native import cpu_kernel, pointer
+
+from . import cpu_numbers, cpu_tile, cpu_vectors
+from .cpu_numbers import float_of_half, half_of_float, largest_magnitude, round_run, spread_planes
+from .cpu_tile import PANEL_WIDTH, multiply_tile
+from .cpu_vectors import INSTRUCTION_SETS, InstructionSet
+
+QUAD = 4  # weight rows that are done together, and the least there must be
+TILE = 4  # tokens that share one pass over a weight row
+PANEL = 32  # weight rows whose scales are unpacked together; their words stay in the second-level cache
+LARGEST = 32767  # what a block's largest magnitude becomes
+EVEN = 64  # a token is uneven when in some block one magnitude is more than this many times the mean of the others
+SLACK = 16  # floats that a tile may read beyond its scales
+
+FLOAT, BFLOAT, HALF = range(3)  # how activations, bias and result are stored
+
+# What both kernels are told: one int64 array, in this order. The first belongs to the launch.
+(TASK, TOKENS, ROWS, K, GROUPS, BLOCKS, PADDED, SLOTS, LANES, SPREAD, X, X_KIND, XQ, X_SCALE, X_SHIFT, UNEVEN, REST,
+ QWEIGHT, QHIGH, SCALES, ZEROS, BIAS, BIAS_KIND, OUT, COUNT) = range(25)  # fmt: skip
+
+# numba keeps a compiled kernel until the file that it is written in changes; these two generate parts of it.
+_GENERATORS = hashlib.sha256(
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (cpu_numbers, cpu_tile, cpu_vectors))
+).hexdigest()
+
+
+@numba.njit(inline="always")
+def _load_floats(target: Any, address: int, kind: int, count: int) -> None:
+    """``count`` numbers of a kind at ``address`` to a float32 array."""
+    if kind == BFLOAT:
+        bits = target.view(np.int32)
+        halves = numba.carray(pointer(address), (count,), np.uint16)
+        for j in range(count):
+            bits[j] = np.int32(halves[j]) << np.int32(16)
+    elif kind == HALF:
+        halves = numba.carray(pointer(address), (count,), np.uint16)
+        for j in range(count):
+            target[j] = float_of_half(halves[j])
+    else:
+        floats = numba.carray(pointer(address), (count,), np.float32)
+        for j in range(count):
+            target[j] = floats[j]
+
+
+@numba.njit(inline="always")
+def _store_floats(address: int, kind: int, source: Any, addend: Any, count: int) -> None:
+    """``source + addend``, float32, to ``count`` numbers of a kind, rounded to the nearest, ties to even."""
+    if kind == BFLOAT:
+        halves = numba.carray(pointer(address), (count,), np.uint16)
+        total = np.empty(PANEL_WIDTH, np.float32)
+        bits = total.view(np.int32)
+        for j in range(count):
+            total[j] = source[j] + addend[j]
+        for j in range(count):
+            word = bits[j]
+            rounded = (word + np.int32(0x7FFF) + ((word >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+            is_nan = (word & np.int32(0x7FFFFFFF)) > np.int32(0x7F800000)
+            halves[j] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+    elif kind == HALF:
+        halves = numba.carray(pointer(address), (count,), np.uint16)
+        for j in range(count):
+            halves[j] = half_of_float(source[j] + addend[j])
+    else:
+        floats = numba.carray(pointer(address), (count,), np.float32)
+        for j in range(count):
+            floats[j] = source[j] + addend[j]
+
+
+@numba.njit
+def _quantize_row(row: Any, rounded: Any, args: Any, offset: int, slot: int, tile: int, lane: int) -> bool:
+    """Float32 ``row`` to block floating point, as token ``lane`` of the tile of ``tile`` tokens that begins at ``slot``.
+
+    Returns whether it is uneven, and leaves in ``row`` what rounding dropped. ``offset`` is REST or 0.
+    """
+    k, blocks, padded, slots, lanes, spread = (
+        args[K], args[BLOCKS], args[PADDED], args[SLOTS], args[LANES], args[SPREAD],
+    )  # fmt: skip
+    block = k // blocks
+    row_at, rounded_at = row.ctypes.data, rounded.ctypes.data
+    scales = numba.carray(pointer(args[X_SCALE] + offset), ((slot + tile) * slots * spread,), np.float32)
+    shifts = numba.carray(pointer(args[X_SHIFT] + offset), ((slot + tile) * padded,), np.float32)
+    scale_at, shift_at = slot * slots * spread, (slot + lane) * padded
+    as_bits = np.empty(1, np.int32)
+    as_float = as_bits.view(np.float32)
+    uneven = False
+    per_step = 4 * lanes // block if spread > 1 else 1
+    copies = spread // per_step
+    for i in range(blocks):
+        values, integers = row_at + 4 * i * block, rounded_at + 2 * i * block
+        largest_bits = largest_magnitude(values, block)
+        as_bits[0] = largest_bits
+        largest, scale, total = as_float[0], np.float32(0), np.int32(0)
+        if largest_bits >= np.int32(0x7F800000) or largest <= np.float32(1e-30):
+            if largest_bits >= np.int32(0x7F800000):
+                scale = np.float32(np.nan)
+            for j in range(i * block, (i + 1) * block):
+                rounded[j] = np.int16(0)
+                row[j] = np.float32(0)
+        else:
+            scale = largest / np.float32(LARGEST)
+            total, sizes = round_run(values, integers, block, scale, np.float32(LARGEST) / largest)
+            if (sizes - LARGEST) * EVEN < LARGEST * (block - 1):
+                uneven = True
+        at = scale_at + (i // per_step * tile + lane) * spread + i % per_step * copies
+        for c in range(copies):
+            scales[at + c] = scale
+        shifts[shift_at + i] = -scale * np.float32(total)
+    for i in range(blocks, padded):
+        shifts[shift_at + i] = np.float32(0)
+    vector = 8 * lanes  # bytes
+    target = args[XQ] + offset + slot * k * 2
+    whole = 2 * k // vector
+    for v in range(whole):
+        at = target + (v * tile + lane) * vector
+        if lanes == 32:
+            spread_planes(32, rounded_at + v * vector, at)
+        else:
+            spread_planes(16, rounded_at + v * vector, at)
+    if 2 * k > whole * vector:
+        spread_planes(16, rounded_at + whole * vector, target + (whole * 2 * tile + lane) * (vector // 2))
+    return uneven
+
+
+@cpu_kernel(fastmath={"contract"})
+def quantize_tokens(start: int, stop: int, args: Any) -> None:
+    """Tokens ``start`` to ``stop`` of ``X (TOKENS, K)`` to block floating point, as :func:`multiply_tile` takes them.
+
+    Whole tiles of TILE tokens come first, then each of the others by itself. A block that holds a NaN or an infinity
+    gets the scale NaN. Where ``UNEVEN`` is set to 1, the token that REST bytes further is what rounding left over.
+    """
+    tokens, k = args[TOKENS], args[K]
+    row, rounded = np.empty(k, np.float32), np.empty(k, np.int16)
+    uneven = numba.carray(pointer(args[UNEVEN]), (tokens,), np.uint8)
+    item = 4 if args[X_KIND] == FLOAT else 2
+    tiled = tokens // TILE * TILE
+    for m in range(start, stop):
+        _load_floats(row, args[X] + m * k * item, args[X_KIND], k)
+        lane = m % TILE if m < tiled else 0
+        found = _quantize_row(row, rounded, args, 0, m - lane, TILE if m < tiled else 1, lane)
+        uneven[m] = found
+        if found:
+            _quantize_row(row, rounded, args, args[REST], m, 1, 0)
+
+
+@functools.cache
+def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any:
+    """The kernel for blocks of ``vectors`` vectors, or for ``parts`` blocks in one vector, and weights of ``bits``."""
+    which, generated_by = INSTRUCTION_SETS.index(isa), _GENERATORS
+    step = 2 if isa.lanes == 16 else 2
+
+    @cpu_kernel(fastmath={"contract", "reassoc"})
+    def multiply_rows(start: int, stop: int, args: Any) -> None:
+        """Weight rows ``4 * start`` to ``4 * stop`` against all tokens into ``OUT (TOKENS, ROWS)``, plus ``BIAS``.
+
+        The last four rows overlap the four before when ROWS is not a multiple of 4.
+        """
+        _ = generated_by
+        tokens, rows, k, groups = args[TOKENS], args[ROWS], args[K], args[GROUPS]
+        blocks, padded, slots, spread, kind = args[BLOCKS], args[PADDED], args[SLOTS], args[SPREAD], args[X_KIND]
+        per_group, steps, half = blocks // groups, blocks // parts, blocks % parts
+        if half:
+            half = 1
+        row_bytes, high_bytes = k // 4 if bits == 3 else k // 2, k // 8
+        half_scales = numba.carray(pointer(args[SCALES]), (rows * groups,), np.uint16)
+        zeros = numba.carray(pointer(args[ZEROS]), (rows * groups,), np.uint8)
+        uneven = numba.carray(pointer(args[UNEVEN]), (tokens,), np.uint8)
+        w_scale = np.empty(PANEL * blocks + SLACK, np.float32)
+        w_shift = np.empty(PANEL * blocks + SLACK, np.float32)
+        product = np.empty((TILE, PANEL_WIDTH), np.float32)
+        rest = np.empty(PANEL_WIDTH, np.float32)
+        bias = np.zeros(PANEL_WIDTH, np.float32)
+        item = 4 if kind == FLOAT else 2
+        bias_item = 4 if args[BIAS_KIND] == FLOAT else 2
+        tiled = tokens // TILE * TILE
+        for panel in range(start, stop, PANEL // QUAD):
+            quads = min(PANEL // QUAD, stop - panel)
+            first = min(panel * QUAD, rows - QUAD)
+            width = min((panel + quads) * QUAD, rows) - first
+            if per_group == 1:
+                for i in range(width * groups):
+                    value = float_of_half(half_scales[first * groups + i])
+                    w_scale[i] = value
+                    w_shift[i] = value * np.float32(zeros[first * groups + i])
+            else:
+                for i in range(width * groups):
+                    value = float_of_half(half_scales[first * groups + i])
+                    shift = value * np.float32(zeros[first * groups + i])
+                    for j in range(i * per_group, (i + 1) * per_group):
+                        w_scale[j] = value
+                        w_shift[j] = shift
+            if args[BIAS]:
+                _load_floats(bias, args[BIAS] + first * bias_item, args[BIAS_KIND], width)
+            scale_at, shift_at = w_scale.ctypes.data, w_shift.ctypes.data
+            words, high, out = args[QWEIGHT] + first * row_bytes, args[QHIGH] + first * high_bytes, product.ctypes.data
+            m = 0
+            while m < tokens:
+                count = TILE if m < tiled else 1
+                x, x_scale = args[XQ] + m * k * 2, args[X_SCALE] + m * slots * spread * 4
+                x_shift = args[X_SHIFT] + m * padded * 4
+                for quad in range(quads):
+                    r = min(quad * QUAD, width - QUAD)
+                    if m < tiled:
+                        for row in range(r, r + QUAD, step):
+                            multiply_tile(
+                                which, bits, step, TILE, vectors, parts, words + row * row_bytes, row_bytes,
+                                high + row * high_bytes, high_bytes, x, x_scale, x_shift, scale_at + row * blocks * 4,
+                                shift_at + row * blocks * 4, blocks, padded, steps, half, out + 4 * row,
+                            )  # fmt: skip
+                    else:
+                        multiply_tile(
+                            which, bits, QUAD, 1, vectors, parts, words + r * row_bytes, row_bytes,
+                            high + r * high_bytes, high_bytes, x, x_scale, x_shift, scale_at + r * blocks * 4,
+                            shift_at + r * blocks * 4, blocks, padded, steps, half, out + 4 * r,
+                        )  # fmt: skip
+                for lane in range(count):
+                    if uneven[m + lane]:
+                        x = args[XQ] + args[REST] + (m + lane) * k * 2
+                        x_scale = args[X_SCALE] + args[REST] + (m + lane) * slots * spread * 4
+                        x_shift = args[X_SHIFT] + args[REST] + (m + lane) * padded * 4
+                        for quad in range(quads):
+                            r = min(quad * QUAD, width - QUAD)
+                            multiply_tile(
+                                which, bits, QUAD, 1, vectors, parts, words + r * row_bytes, row_bytes,
+                                high + r * high_bytes, high_bytes, x, x_scale, x_shift, scale_at + r * blocks * 4,
+                                shift_at + r * blocks * 4, blocks, padded, steps, half, rest.ctypes.data + 4 * r,
+                            )  # fmt: skip
+                        for r in range(width):
+                            product[lane, r] += rest[r]
+                    _store_floats(args[OUT] + ((m + lane) * rows + first) * item, kind, product[lane], bias, width)
+                m += count
+
+    return multiply_rows
+
+
+@functools.cache
+def dequantize_kernel(bits: int) -> Any:
+    """The kernel that writes rows of a weight of ``bits``."""
+
+    @cpu_kernel(fastmath={"contract"})
+    def dequantize_rows(start: int, stop: int, args: Any) -> None:
+        """Rows ``start`` to ``stop`` of the weight to float32 ``OUT (ROWS, K)``."""
+        k, groups, rows = args[K], args[GROUPS], args[ROWS]
+        per_word = 16 if bits == 3 else 8
+        words = numba.carray(pointer(args[QWEIGHT]), (rows, k // per_word), np.uint32)
+        high = numba.carray(pointer(args[QHIGH]), (rows, k // 32), np.uint32)
+        half_scales = numba.carray(pointer(args[SCALES]), (rows * groups,), np.uint16)
+        zeros = numba.carray(pointer(args[ZEROS]), (rows, groups), np.uint8)
+        out = numba.carray(pointer(args[OUT]), (rows, k), np.float32)
+        for n in range(start, stop):
+            for g in range(groups):
+                scale = float_of_half(half_scales[n * groups + g])
+                zero = np.int32(zeros[n, g])
+                for t in range(g * (k // groups) // 8, (g + 1) * (k // groups) // 8):
+                    for p in range(4):
+                        for h in range(2):
+                            if bits == 3:
+                                low = words[n, t // 2] >> np.uint32(2 * (p + t % 2 * 4) + 16 * h)
+                                top = high[n, t // 4] >> np.uint32(p + t % 4 * 4 + 16 * h)
+                                q = np.int32((low & np.uint32(3)) | ((top & np.uint32(1)) << np.uint32(2)))
+                            else:
+                                q = np.int32((words[n, t] >> np.uint32(4 * p + 16 * h)) & np.uint32(15))
+                            out[n, 8 * t + 2 * p + h] = np.float32(q - zero) * scale
+
+    return dequantize_rows

@@ -1,0 +1,23 @@
+"""The plainest correct version of each op in this family: any device, any float type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernelgraft_core.quant.int3 import unpack_int3
+from kernelgraft_core.quant.packed.reference import accumulator, dequantize, dgrad, linear
+
+
+def dequantize_w3a16(qweight: Tensor, qhigh: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize(unpack_int3(qweight, qhigh), scales, zeros, dtype)
+
+
+def w3a16_linear(
+    x: Tensor, qweight: Tensor, qhigh: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
+) -> Tensor:
+    return linear(x, dequantize_w3a16(qweight, qhigh, scales, zeros, accumulator(x.dtype)), bias)
+
+
+def w3a16_linear_dgrad(grad: Tensor, qweight: Tensor, qhigh: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    return dgrad(grad, dequantize_w3a16(qweight, qhigh, scales, zeros, accumulator(grad.dtype)))

@@ -1,0 +1,163 @@
+"""Loading packed checkpoints in ``from_pretrained``: what the formats have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.quantizers.base import HfQuantizer
+
+from kernelgraft_core.quant.experts import find_fused_experts, unfuse_experts
+from kernelgraft_core.quant.formats.layout import Layout
+from kernelgraft_core.quant.packed_linear import PackedLinear
+from kernelgraft_core.runtime.errors import CheckpointError, UnsupportedModelError
+
+from .checkpoint import check_layers, read_headers
+
+
+class PackedQuantizer(HfQuantizer):
+    """Replaces the linear layers of a model under construction by :class:`PackedLinear`, those of experts included.
+
+    Raises:
+        CheckpointError: the checkpoint's ``quantization_config`` is one that the kernels do not run, or its tensors are
+            missing, truncated, not finite or not what that config says; the message gives the value or the layer.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self._dtype: torch.dtype | None = None
+        self._unfused = False
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """How the checkpoint stores its layers."""
+
+    def new_layer(self, linear: nn.Linear) -> PackedLinear:
+        """An empty layer in place of ``linear``.
+
+        Raises:
+            ValueError: the layout cannot hold it.
+        """
+        return PackedLinear(
+            linear.in_features,
+            linear.out_features,
+            self.layout,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+            device=linear.weight.device,
+        )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        # Transformers itself fills what is missing with noise, casts what has another dtype, and warns at most.
+        files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if files:
+            check_layers(read_headers(files), self.layout, files[0].parent)
+        skipped = self.get_modules_to_not_convert(
+            model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+        )
+        try:
+            self._unfused = any(not _is_skipped(name, skipped) for name, _ in find_fused_experts(model))
+        except UnsupportedModelError as error:
+            raise CheckpointError(f"experts of {type(model).__name__} cannot be loaded quantized: {error}") from None
+        if self._unfused:
+            unfuse_experts(model)
+        replaced = 0
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, nn.Linear) or _is_skipped(name, skipped):
+                continue
+            try:
+                layer = self.new_layer(module)
+            except ValueError as error:
+                raise CheckpointError(f"{name}: {error}; list it in modules_to_not_convert") from None
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.requires_grad_(False))
+            replaced += 1
+        if not replaced:
+            raise CheckpointError(
+                f"no linear layer of {type(model).__name__} is left to load as {self.layout.label}; skipped: {skipped}"
+            )
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """The same without the fusing of experts, when they are loaded one by one."""
+        return _without_fusing(weight_conversions) if self._unfused else weight_conversions
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedLinear) or module.prepared:
+                continue
+            if any(buffer.device.type == "meta" for buffer in module.buffers()):
+                module.keeps_layout = True  # offloaded: the tensors come for the forward pass, by the names of now
+                continue
+            _check_loaded(name, module)
+            try:
+                module.prepare()
+            except ValueError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+        self._cast_renamed(model)
+        return model
+
+    def _cast_renamed(self, model: nn.Module) -> None:
+        # Transformers leaves the tensors that it renames in the dtype of the file when a model is quantized.
+        kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        for name, parameter in model.named_parameters():
+            floating = parameter.is_floating_point() and parameter.device.type != "meta"
+            if floating and self._dtype and parameter.dtype != self._dtype and not _is_skipped(name, kept):
+                parameter.data = parameter.data.to(self._dtype)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters on top: the input's gradient is there, the weight's is not
+
+    @property
+    def is_compileable(self) -> bool:
+        return not self._unfused  # which experts run depends on the values
+
+
+def _without_fusing(conversions: list[Any]) -> list[Any]:
+    """The conversions of a checkpoint whose experts stay apart: those that would stack them become new names."""
+    kept = []
+    for conversion in conversions:
+        target = conversion.target_patterns[0]
+        if not isinstance(conversion, WeightConverter) or not target.endswith(("gate_up_proj", "down_proj")):
+            kept.append(conversion)
+            continue
+        names = ("gate_proj", "up_proj") if target.endswith("gate_up_proj") else ("down_proj",)
+        for source, name in zip(conversion.source_patterns, names, strict=True):
+            stored = source.removesuffix(".weight").rpartition(".")[2]
+            if stored != name:
+                kept.append(WeightRenaming(rf"\.experts\.(\d+)\.{stored}\.", rf".experts.\1.{name}."))
+    return kept
+
+
+def _check_loaded(name: str, layer: PackedLinear) -> None:
+    # The flag is how Transformers itself tells what it has read from what it has made up.
+    if absent := [part for part, buffer in layer.named_buffers() if not getattr(buffer, "_is_hf_initialized", False)]:
+        raise CheckpointError(
+            f"{name}: the checkpoint has no {', '.join(absent)}; a layer that is stored unquantized must be listed in "
+            "modules_to_not_convert"
+        )
+    if not layer.get_buffer(layer.layout.scale).isfinite().all():
+        raise CheckpointError(f"{name}: scales in the checkpoint are not all finite")
+
+
+def _is_skipped(name: str, skipped: Sequence[str]) -> bool:
+    """Whether a layer is excluded: by its name, a module that holds it, or any whole part of its path."""
+    parts = f".{name}."
+    return any(f".{pattern}." in parts for pattern in skipped)
