@@ -16,7 +16,7 @@ from .packed_quantizer import PackedQuantizer
 METHOD = Native.label
 
 
-class KernelgraftAwqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class KernelgraftAwqConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint in kernelgraft's own format.
 
     Args:

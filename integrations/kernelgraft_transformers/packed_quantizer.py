@@ -110,7 +110,7 @@ class PackedQuantizer(HfQuantizer):
         self._cast_renamed(model)
         return model
 
-    def _cast_renamed(self, model: nn.Module) -> None:
+    def _cast_renamed(self, model: Any) -> None:
         # Transformers leaves the tensors that it renames in the dtype of the file when a model is quantized.
         kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
         for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from . import AWQ_METHOD
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.linear import LinearMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
 
 _MISSING = object()
@@ -61,6 +62,10 @@ class KernelgraftAWQConfig(QuantizationConfig):
             ValueError: the checkpoint is not AWQ, or is of a kind that these kernels do not run; the message holds
                 the value and what is supported.
         """
+        if config.get("quant_method") == AWQ_METHOD:
+            from .native import KernelgraftNativeConfig
+
+            return KernelgraftNativeConfig.read(config)
         expected = (
             ("quant_method", _first(config, "quant_method", default="awq"), "awq"),
             ("version", _first(config, "version", "format", default="gemm"), "gemm"),
@@ -115,8 +120,6 @@ class KernelgraftAWQConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
-        from .awq_linear import KernelgraftAWQLinearMethod
-
         if not isinstance(layer, LinearBase | RoutedExperts):
             return None  # embeddings, the output head and attention
         skipped = is_layer_skipped(
@@ -128,7 +131,13 @@ class KernelgraftAWQConfig(QuantizationConfig):
             raise NotImplementedError(
                 f"{prefix}: MoE layers are not supported yet by {AWQ_METHOD}; serve with --quantization awq"
             )
-        return UnquantizedLinearMethod() if skipped else KernelgraftAWQLinearMethod(self.group_size, prefix)
+        return UnquantizedLinearMethod() if skipped else self.linear_method(prefix)
+
+    def linear_method(self, prefix: str) -> LinearMethodBase:
+        """How a linear layer that the checkpoint holds quantized is loaded and computed."""
+        from .awq_linear import KernelgraftAWQLinearMethod
+
+        return KernelgraftAWQLinearMethod(self.group_size, prefix)
 
 
 def _first(config: Mapping[str, Any], *keys: str, default: Any = _MISSING) -> Any:

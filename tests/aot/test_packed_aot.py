@@ -36,26 +36,33 @@ FAST_TENSOR = "tcgen05 multiplies twice as fast as wgmma and unpacking costs the
 
 # (bits, arch, configuration): {gate: (value measured, why)}
 SHORTFALLS: dict[tuple[int, int, str], dict[str, tuple[float, str]]] = {
+    (3, 80, "slice_k-8x16x64-w4"): {"issue cycles per memory cycle": (1.2, SHORT_STEP)},
+    (3, 80, "slice_k-16x16x64-w4"): {"issue cycles per memory cycle": (1.3, SHORT_STEP)},
     (3, 80, "gemm-128x128x32-w4"): {"ALU cycles per tensor cycle": (0.63, TOP_BIT)},
-    (3, 90, "slice_k-8x16x64-w4"): {"issue cycles per memory cycle": (1.26, SHORT_STEP)},
-    (3, 90, "slice_k-16x16x64-w4"): {"issue cycles per memory cycle": (1.35, SHORT_STEP)},
-    (3, 90, "slice_k-16x32x64-w4"): {"issue cycles per memory cycle": (1.02, TOP_BIT)},
+    (3, 90, "slice_k-8x16x128-w8"): {"issue cycles per memory cycle": (1.27, TOP_BIT)},
+    (3, 90, "slice_k-8x16x64-w4"): {"issue cycles per memory cycle": (1.68, SHORT_STEP)},
+    (3, 90, "slice_k-8x32x64-w4"): {"issue cycles per memory cycle": (1.27, TOP_BIT)},
+    (3, 90, "slice_k-16x16x64-w4"): {"issue cycles per memory cycle": (1.8, SHORT_STEP)},
+    (3, 90, "slice_k-16x32x64-w4"): {"issue cycles per memory cycle": (1.36, TOP_BIT)},
     (3, 90, "gemm-128x128x64-w4"): {"ALU cycles per tensor cycle": (0.64, TOP_BIT)},
     (3, 90, "gemm-128x256x64-w8"): {
         "programs missing on a multiprocessor": (1, ONE_PROGRAM),
         "ALU cycles per tensor cycle": (0.64, TOP_BIT),
     },
-    (3, 100, "slice_k-8x16x128-w8"): {"issue cycles per memory cycle": (1.9, FAST_MEMORY)},
+    (3, 100, "slice_k-8x16x128-w8"): {"issue cycles per memory cycle": (2.53, FAST_MEMORY)},
     (3, 100, "slice_k-8x16x64-w4"): {
-        "bytes needed per byte in flight": (1.01, FAST_MEMORY),
-        "issue cycles per memory cycle": (2.51, FAST_MEMORY),
+        "bytes needed per byte in flight": (1.35, FAST_MEMORY),
+        "issue cycles per memory cycle": (3.35, FAST_MEMORY),
     },
-    (3, 100, "slice_k-8x32x64-w4"): {"issue cycles per memory cycle": (1.91, FAST_MEMORY)},
+    (3, 100, "slice_k-8x32x64-w4"): {"issue cycles per memory cycle": (2.55, FAST_MEMORY)},
     (3, 100, "slice_k-16x16x64-w4"): {
-        "bytes needed per byte in flight": (1.17, FAST_MEMORY),
-        "issue cycles per memory cycle": (2.67, FAST_MEMORY),
+        "bytes needed per byte in flight": (1.56, FAST_MEMORY),
+        "issue cycles per memory cycle": (3.56, FAST_MEMORY),
     },
-    (3, 100, "slice_k-16x32x64-w4"): {"issue cycles per memory cycle": (2.08, FAST_MEMORY)},
+    (3, 100, "slice_k-16x32x64-w4"): {
+        "bytes needed per byte in flight": (1.17, FAST_MEMORY),
+        "issue cycles per memory cycle": (2.77, FAST_MEMORY),
+    },
     (3, 100, "gemm-128x128x64-w8"): {
         "ALU cycles per tensor cycle": (0.96, FAST_TENSOR),
         "issue cycles per tensor cycle": (2.44, FAST_TENSOR),
@@ -91,8 +98,8 @@ def compiled(
     constants = triton.constants(config, bits, rows, k, groups, packed) | {"HAS_BIAS": bias}
     out = POINTER[torch.float32 if config.splits > 1 else dtype]
     arguments = {
-        "x": POINTER[dtype], "qweight": "*i32", "qhigh": "*i32", "scales": "*fp16", "zeros": "*u8", "bias": POINTER[dtype],
-        "out": out,
+        "x": POINTER[dtype], "qweight": "*i32", "qhigh": "*i32", "scales": "*fp16", "zeros": "*u8",
+        "bias": POINTER[dtype], "out": out,
         "tokens": tokens, "rows": rows, "k_size": k, "row_words": row_words(bits, k, constants["ALIGN"]),
         "k_split": -(-k // config.block_k // config.splits) * config.block_k, "magic": triton.MAGIC[dtype],
     }  # fmt: skip

@@ -116,12 +116,13 @@ def inspect(
         print(json.dumps(found, indent=2))
         return
     rows = table("property", "value")
-    quantization = found["quantization_config"] or {}
+    quantization, layout = found["quantization_config"] or {}, found["layout"]
     for name, value in (
         ("model", f"{found['model_type']}, {found['layers']} layers, {found['dtype']}"),
         ("size", count_bytes(found["bytes"])),
         ("quantization", quantization.get("quant_method", "none")),
-        ("bits, group size", f"{quantization.get('bits')}, {quantization.get('group_size')}" if quantization else "-"),
+        ("layout", f"{layout['format']}{', symmetric' if layout['symmetric'] else ''}" if layout else "-"),
+        ("bits, group size", f"{layout['bits']}, {layout['group_size']}" if layout else "-"),
         ("quantized layers", found["quantized_layers"]),
     ):
         rows.add_row(name, escape(value))

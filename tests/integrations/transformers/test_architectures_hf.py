@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from kernelgraft_core.runtime import testing
+import transformers
+
 from kernelgraft_core.quant.architectures import ARCHITECTURES, Architecture, ScaleGroup, find_architecture, fold
 from kernelgraft_core.quant.experts import UnfusedExperts
 from kernelgraft_core.quant.sequential import capture_block_calls, watch_inputs
+from kernelgraft_core.runtime import testing
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
 VOCABULARY, TOKENS = 96, 12
@@ -319,17 +321,16 @@ def logits(model: nn.Module, case: Case) -> Tensor:
 
 @torch.no_grad()
 def scale(
-    model: nn.Module, architecture: Architecture, *, skip: Callable[[ScaleGroup], ScaleGroup] | None = None
+    model: nn.Module, architecture: Architecture, spoil: Callable[[ScaleGroup], ScaleGroup] = lambda group: group
 ) -> int:
-    """Random scales for all groups of all blocks; ``skip`` leaves something out. The number of groups scaled."""
+    """Random scales for all groups of all blocks, each group ``spoil``ed before; the number of groups scaled."""
     generator, scaled = testing.rng(2), 0
     for block in architecture.block_list(model):
         architecture.prepare(block)
         for group in architecture.scale_groups(block):
             if group.source is None:
                 continue
-            group = group if skip is None else skip(group)
-            assert group.source is not None
+            group = spoil(group)
             width = block.get_submodule(group.targets[0]).in_features
             scales = torch.randn(width, dtype=torch.float64, generator=generator).mul(0.7).exp()
             for name in group.targets:
@@ -389,25 +390,26 @@ def test_the_check_passes_before_and_after_experts_are_taken_apart_and_on_the_me
 
 def test_targets_of_a_group_read_the_same_activations_and_the_inspected_module_is_called(case):
     model, architecture = tiny(case)
+    seen: dict[str, list[Tensor]] = {}
+    called: set[str] = set()
     for block in architecture.block_list(model):
         architecture.prepare(block)
         groups = architecture.scale_groups(block)
-        seen: dict[str, list[Tensor]] = {}
-        watched = {name: block.get_submodule(name) for group in groups for name in (*group.targets, *group.followers)}
-        called: set[str] = set()
+        readers = {name: block.get_submodule(name) for group in groups for name in (*group.targets, *group.followers)}
+        inspected = {group.inspect: block.get_submodule(group.inspect) for group in groups}
+        seen.clear()
+        called.clear()
         hooks = [
-            block.get_submodule(group.inspect).register_forward_hook(lambda *_, name=group.inspect: called.add(name))
-            for group in groups
+            module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in inspected.items()
         ]
-        with architecture.calibrating(block), watch_inputs(watched, lambda n, x: seen.setdefault(n, []).append(x)):
+        with architecture.calibrating(block), watch_inputs(readers, lambda n, x: seen.setdefault(n, []).append(x)):
             logits(model, case)
         for hook in hooks:
             hook.remove()
         for group in groups:
-            rows = [torch.cat(seen[name]).flatten(0, -2) for name in (*group.targets, *group.followers)]
-            for other in rows[1:]:
-                torch.testing.assert_close(other, rows[0], rtol=0, atol=0)
-        assert called == {group.inspect for group in groups}
+            first, *others = (torch.cat(seen[name]).flatten(0, -2) for name in (*group.targets, *group.followers))
+            assert all(torch.equal(first, other) for other in others)
+        assert called == set(inspected)
 
 
 def test_modules_that_treat_tokens_by_themselves_are_declared_so(case):
@@ -437,10 +439,9 @@ def test_blocks_run_one_by_one_give_what_the_model_gives(case):
     with torch.no_grad():
         calls = capture_block_calls(model, blocks, batches)
         hidden = calls.first
-        for index, block in enumerate(blocks):
-            if index:
-                hidden = list(calls.entering(index, calls.inputs(index - 1, hidden).outputs(blocks[index - 1])))
-        (out,) = calls.inputs(len(blocks) - 1, hidden).outputs(block)
+        for index, block in enumerate(blocks[:-1]):
+            hidden = list(calls.entering(index + 1, calls.inputs(index, hidden).outputs(block)))
+        (out,) = calls.inputs(len(blocks) - 1, hidden).outputs(blocks[-1])
     torch.testing.assert_close(out, wanted[0], rtol=1e-12, atol=1e-12)
 
 
@@ -459,14 +460,14 @@ def test_images_change_the_logits(name):
 def test_a_router_that_does_not_follow_changes_the_logits(name):
     model, architecture = tiny(CASES[name])
     before = logits(model, CASES[name])
-    scale(model, architecture, skip=lambda group: replace(group, followers=()))
+    scale(model, architecture, lambda group: replace(group, followers=()))
     assert deviation(logits(model, CASES[name]), before) > 1e-3
 
 
 def test_the_gate_of_the_shared_expert_has_to_follow_too():
     model, architecture = tiny(CASES["qwen2_moe"])
     before = logits(model, CASES["qwen2_moe"])
-    scale(model, architecture, skip=lambda group: replace(group, followers=group.followers[:1]))
+    scale(model, architecture, lambda group: replace(group, followers=group.followers[:1]))
     assert deviation(logits(model, CASES["qwen2_moe"]), before) > 1e-3
 
 
@@ -474,7 +475,7 @@ def test_the_gate_of_the_shared_expert_has_to_follow_too():
 def test_norms_that_add_one_need_their_offset(name):
     model, architecture = tiny(CASES[name])
     before = logits(model, CASES[name])
-    scale(model, architecture, skip=lambda group: replace(group, source=replace(group.source, offset=0.0)))
+    scale(model, architecture, lambda group: replace(group, source=replace(group.source, offset=0.0)))
     assert deviation(logits(model, CASES[name]), before) > 1e-3
 
 
@@ -521,15 +522,8 @@ def test_layers_without_experts_stay_dense():
 
 
 def test_a_tower_of_another_type_is_refused():
-    model, architecture = tiny(
-        with_images(
-            "llava", clip_inputs, 0, text_config={**TEXT, "model_type": "phi3", **ALONE}, vision_config=CLIP,
-            image_token_index=IMAGE,
-        )
-    )  # fmt: skip
-    with pytest.raises(
-        UnsupportedModelError, match=r"tower of this LLaVA model is of type 'phi3'; known: llama, mistral"
-    ):
+    model, architecture = tiny(llava("phi3", 0))
+    with pytest.raises(UnsupportedModelError, match=r"tower of this LLaVA model is of type 'phi3'; known: llama"):
         architecture.check(model)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -129,17 +132,20 @@ def test_whatever_is_not_a_layer_stays(quantized, tmp_path, target):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_transformers_loads_both_and_computes_the_same(quantized, tmp_path, plugin):
+def test_transformers_loads_all_three_and_computes_the_same(quantized, tmp_path, plugin):
     pytest.importorskip("compressed_tensors")
     convert_checkpoint(quantized.directory, tmp_path / "ct", "compressed-tensors")
     convert_checkpoint(tmp_path / "ct", tmp_path / "awq", "awq")
+    convert_checkpoint(tmp_path / "ct", tmp_path / "own", "kernelgraft")
     tokens = torch.arange(2, 34).unsqueeze(0)
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(tmp_path / "awq", dtype=torch.float32)(tokens).logits
+        native = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.float32)(tokens).logits
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)(tokens).logits
         plain = quantized.model(tokens).logits
     assert torch.allclose(theirs, plain, rtol=1e-4, atol=1e-4 * plain.abs().max())
     assert torch.allclose(ours, plain, rtol=2e-2, atol=2e-2 * plain.abs().max())
+    assert torch.equal(native, ours)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -459,6 +465,26 @@ def test_a_failure_on_the_way_leaves_the_target_as_it_was(quantized, existing):
             raise KeyboardInterrupt
 
     refused(None, quantized.directory, existing, error=KeyboardInterrupt, on_tensor=stop, overwrite=True)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kernelgraft_transformers.convert import convert_checkpoint
+
+source, out = map(Path, sys.argv[1:])
+kill = lambda name, done, total: done > total / 2 and os.kill(os.getpid(), signal.SIGKILL)
+convert_checkpoint(source, out, "kernelgraft", overwrite=True, on_tensor=kill)
+"""
+
+
+def test_a_kill_on_the_way_leaves_the_target_as_it_was(quantized, existing):
+    before = {path: path.read_bytes() for path in existing.iterdir()}
+    done = subprocess.run([sys.executable, "-c", KILLED, quantized.directory, existing], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert {path: path.read_bytes() for path in existing.iterdir()} == before
+    convert_checkpoint(quantized.directory, existing, "kernelgraft", overwrite=True)
+    assert describe(existing)["quantized_layers"] == 14
 
 
 def test_a_full_disk_is_told_before_and_on_the_way(quantized, existing, monkeypatch):

@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from kernelgraft_transformers.workspace import Workspace, workspace_of
-
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 BLOCKS = 3
 QUICK = {"settings": {"scale_points": 3, "clip_steps": 2}}
@@ -68,3 +66,19 @@ def test_whatever_step_it_was_killed_at(model, tmp_path, settings, old):
     found = killed(model, tmp_path, 0, 1, old=old, **settings)
     assert len(found["results"]) >= found["steps"]  # replacing an old model takes some more
     assert check(found, old=old) == BLOCKS - 1
+
+
+OTHERS = [
+    {"bits": 3},
+    pytest.param({"settings": {"scale_points": 2, "clip_steps": 2}}, marks=pytest.mark.slow),
+    pytest.param({"symmetric": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("after", OTHERS, ids=str)
+def test_another_job_starts_anew(model, tmp_path, after):
+    found = killed(model, tmp_path, 29, 1000, after=after, **QUICK)
+    (result,) = found["results"]
+    assert result["resumed"]["blocks"] == list(range(BLOCKS))
+    assert result["same"]
+    assert result["beside"] == ["out"]

@@ -1,6 +1,8 @@
 """Model families: which layers share activations, found by name and checked by type."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -74,9 +76,7 @@ def test_no_type_belongs_to_two_families():
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones_and_how_to_add_it():
-    with pytest.raises(
-        UnsupportedModelError, match="model type 'gpt2'; known: gemma, .*, llama, .*, qwen3_vl"
-    ) as caught:
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2'; known: gemma, .*, llama, .*, qwen3_vl") as caught:
         find_architecture(model_of_type("gpt2"))
     assert "register an Architecture" in str(caught.value)
     assert "docs/quantization/architectures.md" in str(caught.value)
@@ -86,7 +86,7 @@ def test_an_unknown_type_is_refused_with_the_known_ones_and_how_to_add_it():
 
 def test_a_registered_family_is_found_until_it_is_taken_out(mine):
     assert find_architecture(model_of_type("mine_2")) is MINE
-    with pytest.raises(UnsupportedModelError, match="known: .*mine, mine_2, .*opt"):
+    with pytest.raises(UnsupportedModelError, match=r"known: .*mine, mine_2, .*opt"):
         find_architecture(model_of_type("yours"))
     mine()
     mine()  # twice is once
@@ -213,3 +213,22 @@ def test_blocks_without_experts_need_no_preparation():
     LLAMA.prepare(block)
     with LLAMA.calibrating(block):
         assert dict(block.named_modules()) == before
+
+
+def test_the_adapters_that_the_documentation_shows_work():
+    page = Path(__file__).parents[3] / "docs" / "quantization" / "architectures.md"
+    one_line, by_hand = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    shown = {}
+    exec(one_line, shown)
+    try:
+        block = decoder_block()
+        block.ffn_norm = block.post_attention_layernorm
+        del block.post_attention_layernorm
+        model = model_of_type("my_model", [block])
+        find_architecture(model).check(model)
+        sources = [group.source.module for group in find_architecture(model).scale_groups(block)]
+        assert sources == ["input_layernorm", "self_attn.v_proj", "ffn_norm", "mlp.up_proj"]
+    finally:
+        shown["undo"]()
+    exec(by_hand, shown)
+    assert [group.source for group in shown["my_groups"](None)][:2] == [Source("norm1"), None]

@@ -16,13 +16,13 @@ from kernelgraft_core.quant.experts import (
 from kernelgraft_core.runtime import testing
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
-E, H, I = 4, 6, 10
+E, H, INNER = 4, 6, 10
 
 
 class Fused(nn.Module):
     """As hosts keep experts, computed token by token from the definition."""
 
-    def __init__(self, experts=E, hidden=H, inner=I):
+    def __init__(self, experts=E, hidden=H, inner=INNER):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, hidden, dtype=torch.float64))
         self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner, dtype=torch.float64))
@@ -94,11 +94,10 @@ def test_gradients_are_those_of_the_fused_experts(calibrate_all):
     for expected, actual in zip(*results, strict=True):
         close(actual, expected)
     for number, expert in enumerate(experts):
-        own = [
-            torch.zeros_like(p) if p.grad is None else p.grad
-            for p in (m.weight for m in expert.children() if hasattr(m, "weight"))
-        ]
-        gate, up, down = own
+        gate, up, down = (
+            torch.zeros_like(p) if p.grad is None else p.grad  # no token went there
+            for p in (expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight)
+        )
         close(torch.cat([gate, up]), fused.gate_up_proj.grad[number])
         close(down, fused.down_proj.grad[number])
 
@@ -181,7 +180,7 @@ def test_fused_experts_are_found_and_replaced_in_place():
 def test_experts_on_the_meta_device_are_taken_apart_too():
     experts = UnfusedExperts(Fused().to("meta"))
     assert {p.device.type for p in experts.parameters()} == {"meta"}
-    assert {tuple(expert.up_proj.weight.shape) for expert in experts} == {(I, H)}
+    assert {tuple(expert.up_proj.weight.shape) for expert in experts} == {(INNER, H)}
 
 
 def test_every_expert_is_calibrated_while_open_and_no_longer_after_an_error():
@@ -226,7 +225,7 @@ def test_layouts_that_a_host_declares_and_we_do_not_read_are_refused(flag, value
     assert isinstance(block.mlp.experts, Fused)
 
 
-@pytest.mark.parametrize("shape", [(E, H, 2 * I), (E, 2 * I + 1, H), (E + 1, 2 * I, H), (2 * I, H)])
+@pytest.mark.parametrize("shape", [(E, H, 2 * INNER), (E, 2 * INNER + 1, H), (E + 1, 2 * INNER, H), (2 * INNER, H)])
 def test_shapes_that_do_not_fit_are_refused(shape):
     fused = Fused()
     fused.gate_up_proj = nn.Parameter(torch.zeros(shape))

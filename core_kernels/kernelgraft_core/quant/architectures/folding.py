@@ -45,15 +45,13 @@ def fold_into_source(
     spans = ((0, weight.shape[0]),) if rows is None else rows
     _check_width(type(source).__name__, sum(stop - start for start, stop in spans), scales)
     bias = getattr(source, "bias", None)
-    taken = 0
-    for start, stop in spans:
-        divisor = scales[taken : taken + stop - start]
-        taken += stop - start
+    wide = torch.promote_types(weight.dtype, scales.dtype)
+    divisors = scales.split([stop - start for start, stop in spans])
+    for (start, stop), divisor in zip(spans, divisors, strict=True):
         part = weight[start:stop]
-        divided = (part + offset).div(divisor.unsqueeze(-1) if weight.dim() == 2 else divisor) - offset
-        part.copy_(divided)
+        part.copy_((part.to(wide) + offset) / (divisor.unsqueeze(-1) if weight.dim() == 2 else divisor) - offset)
         if bias is not None:
-            bias.data[start:stop].div_(divisor)
+            bias.data[start:stop] /= divisor
 
 
 def _weight(module: nn.Module) -> Tensor:

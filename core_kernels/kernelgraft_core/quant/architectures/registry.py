@@ -39,11 +39,11 @@ ARCHITECTURES = (
     Architecture("Qwen-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), TOWER, gated_decoder),
 )
 
-_registered: list[Architecture] = []
+_registered: dict[object, Architecture] = {}  # by registration: adapters may be equal
 
 
 def register_architecture(architecture: Architecture) -> Callable[[], None]:
-    """Make a family known to every quantizer; the returned function takes it out again.
+    """Make a family known to every quantizer; the returned function takes it out again, once.
 
     Raises:
         ValueError: it names no model type or no path, or one of its model types is known already.
@@ -54,13 +54,9 @@ def register_architecture(architecture: Architecture) -> Callable[[], None]:
     for model_type in architecture.model_types:
         if model_type in known:
             raise ValueError(f"model type {model_type!r} has an adapter already: {known[model_type].name}")
-    _registered.append(architecture)
-
-    def undo() -> None:
-        if architecture in _registered:
-            _registered.remove(architecture)
-
-    return undo
+    registration = object()
+    _registered[registration] = architecture
+    return lambda: _forget(registration)
 
 
 def find_architecture(model: nn.Module) -> Architecture:
@@ -75,10 +71,14 @@ def find_architecture(model: nn.Module) -> Architecture:
         return known[model_type]
     raise UnsupportedModelError(
         f"no quantization adapter for model type {model_type!r}; known: {', '.join(sorted(known))}. To add one, "
-        "register an Architecture that says where the decoder blocks are and which linear layers of a block read the same "
-        "activations (docs/quantization/architectures.md)"
+        "register an Architecture that says where the decoder blocks are and which linear layers of a block read the "
+        "same activations (docs/quantization/architectures.md)"
     )
 
 
+def _forget(registration: object) -> None:
+    _registered.pop(registration, None)
+
+
 def _by_type() -> dict[str, Architecture]:
-    return {model_type: a for a in (*ARCHITECTURES, *_registered) for model_type in a.model_types}
+    return {model_type: a for a in (*ARCHITECTURES, *_registered.values()) for model_type in a.model_types}

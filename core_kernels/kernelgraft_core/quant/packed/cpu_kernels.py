@@ -25,7 +25,15 @@ import numpy as np
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
 from . import cpu_numbers, cpu_tile, cpu_vectors
-from .cpu_numbers import float_of_half, half_of_float, largest_magnitude, round_run, spread_planes
+from .cpu_numbers import (
+    RUN,
+    float_of_half,
+    half_of_float,
+    largest_magnitude,
+    round_run,
+    spread_planes,
+    unpack_scales,
+)
 from .cpu_tile import PANEL_WIDTH, multiply_tile
 from .cpu_vectors import INSTRUCTION_SETS, InstructionSet
 
@@ -193,6 +201,7 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
         product = np.empty((TILE, PANEL_WIDTH), np.float32)
         rest = np.empty(PANEL_WIDTH, np.float32)
         bias = np.zeros(PANEL_WIDTH, np.float32)
+        scale_at, shift_at = w_scale.ctypes.data, w_shift.ctypes.data
         item = 4 if kind == FLOAT else 2
         bias_item = 4 if args[BIAS_KIND] == FLOAT else 2
         tiled = tokens // TILE * TILE
@@ -200,11 +209,10 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
             quads = min(PANEL // QUAD, stop - panel)
             first = min(panel * QUAD, rows - QUAD)
             width = min((panel + quads) * QUAD, rows) - first
-            if per_group == 1:
-                for i in range(width * groups):
-                    value = float_of_half(half_scales[first * groups + i])
-                    w_scale[i] = value
-                    w_shift[i] = value * np.float32(zeros[first * groups + i])
+            if per_group == 1 and width * groups >= RUN:
+                unpack_scales(
+                    args[SCALES] + 2 * first * groups, args[ZEROS] + first * groups, scale_at, shift_at, width * groups
+                )
             else:
                 for i in range(width * groups):
                     value = float_of_half(half_scales[first * groups + i])
@@ -214,7 +222,6 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
                         w_shift[j] = shift
             if args[BIAS]:
                 _load_floats(bias, args[BIAS] + first * bias_item, args[BIAS_KIND], width)
-            scale_at, shift_at = w_scale.ctypes.data, w_shift.ctypes.data
             words, high, out = args[QWEIGHT] + first * row_bytes, args[QHIGH] + first * high_bytes, product.ctypes.data
             m = 0
             while m < tokens:

@@ -85,6 +85,33 @@ def spread_planes(typing_context: Any, lanes: Any, source: Any, target: Any) -> 
 
 
 @intrinsic
+def unpack_scales(typing_context: Any, scales: Any, zeros: Any, scale: Any, shift: Any, count: Any) -> Any:
+    """``count`` float16 scales to float32 at ``scale``, and times their uint8 zero points at ``shift``; all addresses.
+
+    ``count`` is at least RUN. What does not fill a last run is done with it a second time.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit, run = Emit(builder, _ANY), ir.Constant(I64, RUN)
+        scales, zeros, scale, shift, count = args
+        last = builder.sub(count, run)
+
+        def work(i: Any, _: list[Any]) -> list[Any]:
+            at = builder.mul(i, run)
+            at = builder.select(builder.icmp_signed("<", at, last), at, last)
+            values = builder.fpext(emit.load(scales, vector(F16, RUN), emit.times(at, 2), align=2), _FLOATS)
+            points = builder.uitofp(emit.load(zeros, vector(ir.IntType(8), RUN), at, align=1), _FLOATS)
+            emit.store(values, scale, emit.times(at, 4))
+            emit.store(builder.fmul(values, points), shift, emit.times(at, 4))
+            return []
+
+        emit.loop(builder.udiv(emit.plus(count, RUN - 1), run), [], work)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 5)), generate
+
+
+@intrinsic
 def float_of_half(typing_context: Any, bits: Any) -> Any:
     """The float32 of a float16 given by its bits, uint16."""
 

@@ -87,3 +87,12 @@ class PackedWeight(ABC):
     @property
     def group_size(self) -> int:
         return self.in_features // self.scales.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the packed words, int32: hosts ask a layer's weight whether it is floating point."""
+        return self.qweight.dtype

@@ -1,0 +1,59 @@
+"""Checkpoints in kernelgraft's own format inside vLLM: the quantization config that ``config.json`` selects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import AWQ_METHOD
+from .awq import KernelgraftAWQConfig
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.linear import LinearMethodBase
+
+_GROUP_SIZES = (32, 64, 128, -1)
+
+
+class KernelgraftNativeConfig(KernelgraftAWQConfig):
+    """A checkpoint whose tensors are those that the kernels read.
+
+    Args:
+        bits: 3 or 4.
+        group_size: weights along K that share a scale, or -1 for one group per row.
+        symmetric: whether the zero point is ``2**(bits - 1)`` everywhere and not stored.
+        modules_to_not_convert: parts of the names of layers that the checkpoint keeps in floating point.
+    """
+
+    def __init__(self, bits: int, group_size: int, symmetric: bool, modules_to_not_convert: Sequence[str] = ()) -> None:
+        super().__init__(group_size, modules_to_not_convert)
+        self.bits = bits
+        self.symmetric = symmetric
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> KernelgraftNativeConfig:
+        """Read ``quantization_config`` of ``config.json``.
+
+        Raises:
+            ValueError: a setting is missing or not one that these kernels run; the message holds the value.
+        """
+        allowed: dict[str, tuple[Any, ...]] = {
+            "format_version": (1,),
+            "bits": (3, 4),
+            "group_size": _GROUP_SIZES,
+            "symmetric": (True, False),
+        }
+        for key, values in allowed.items():
+            value = config.get(key)
+            if type(value) is not type(values[0]) or value not in values:
+                raise ValueError(
+                    f"quantization_config has {key} = {value!r}; {AWQ_METHOD} supports {', '.join(map(repr, values))}"
+                )
+        skipped = config.get("modules_to_not_convert") or []
+        if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+            raise ValueError(f"quantization_config has modules_to_not_convert = {skipped!r}, expected a list of names")
+        return KernelgraftNativeConfig(config["bits"], config["group_size"], config["symmetric"], skipped)
+
+    def linear_method(self, prefix: str) -> LinearMethodBase:
+        from .native_linear import KernelgraftNativeLinearMethod
+
+        return KernelgraftNativeLinearMethod(self.bits, self.group_size, self.symmetric, prefix)

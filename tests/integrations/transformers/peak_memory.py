@@ -1,0 +1,23 @@
+"""Quantizes a directory and prints the most memory that this process ever held, in KiB.
+
+python peak_memory.py SOURCE OUT
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from kernelgraft_transformers import shards
+from kernelgraft_transformers.quantize import load_source, quantize_checkpoint
+from kernelgraft_transformers.texts import Calibration
+
+torch.set_num_threads(1)
+shards.SHARD_BYTES = 4 << 20
+source, out = load_source(sys.argv[1]), Path(sys.argv[2])
+text = " ".join(f"w{i % 96}" for i in range(200))
+quantize_checkpoint(source, out, text, recipe="rtn", calibration=Calibration(2, 16), offload=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
