@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernelgraft_core.quant.w4a16 import W4A16Weight, reference, w4a16_linear
+from kernelgraft_core.quant.packed.reference import dequantize
+from kernelgraft_core.quant.weights import QuantizedWeight, linear, pack_weight
 from kernelgraft_core.runtime.op import Implementation, Op, registered_ops
 from kernelgraft_core.runtime.timing import rotated
 
@@ -149,50 +150,53 @@ def _prepare_overhead(shape: Shape) -> Prepared:
 
 register(Case("op_overhead", "benchmark_add", "host", "direct call", ({"rows": 8, "columns": 64},), _prepare_overhead))
 
-# -- W4A16 -----------------------------------------------------------------------------------------------------------
+# -- W4A16 and W3A16 -------------------------------------------------------------------------------------------------
 
 GROUP = 128
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def _w4a16_inputs(shape: Shape, device: str) -> tuple[Tensor, W4A16Weight, Tensor]:
+def _packed_inputs(bits: int, shape: Shape, device: str) -> tuple[Tensor, QuantizedWeight, Tensor]:
     """Activations, weight, and the float64 weight that it stands for."""
     m, n, k = shape["m"], shape["n"], shape["k"]
+    levels = 1 << bits
     generator = torch.Generator().manual_seed(0)
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
-    zeros = torch.randint(4, 12, (n, k // GROUP), dtype=torch.uint8, generator=generator)
+    q = torch.randint(0, levels, (n, k), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(levels // 4, 3 * levels // 4, (n, k // GROUP), dtype=torch.uint8, generator=generator)
     scales = torch.rand(n, k // GROUP, generator=generator) * 0.01 + 0.005
-    weight = W4A16Weight.from_integers(q, scales, zeros)
-    exact = reference.dequantize_w4a16(weight.qweight, weight.scales, weight.zeros, torch.float64)
-    there = W4A16Weight(*(t.to(device) for t in (weight.qweight, weight.scales, weight.zeros))).arranged()
-    return torch.randn(m, k, generator=generator), there, exact
+    weight = pack_weight(q, scales, zeros, bits)
+    exact = dequantize(q, weight.scales, weight.zeros, torch.float64)
+    return torch.randn(m, k, generator=generator), weight.to(device), exact
 
 
 def _weight_bytes(*tensors: Tensor) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _prepare_w4a16_cpu(shape: Shape) -> Prepared:
-    x, weight, exact = _w4a16_inputs(shape, "cpu")
+def _on(x: Tensor, weight: QuantizedWeight) -> Callable[..., Tensor]:
+    """Multiply ``x`` with copies of a weight, given as their tensors."""
+    return lambda *tensors: linear(x, type(weight)(*tensors))
+
+
+def _prepare_packed_cpu(bits: int, shape: Shape) -> Prepared:
+    x, weight, exact = _packed_inputs(bits, shape, "cpu")
     half = x.bfloat16()
-    packed = (weight.qweight, weight.scales, weight.zeros)
-    require_backend("w4a16_linear", "cpu", "cpu", half, *packed, None)
+    require_backend(f"w{bits}a16_linear", "cpu", "cpu", half, *weight.tensors, None)
     # aten's int4 kernel computes (q - 8) * s + z, with s and z in bfloat16, and takes groups of its own layout
     integers = weight.integers().int()
     aten = torch._convert_weight_to_int4pack_for_cpu(integers, 2)
     offsets = (8 - weight.zeros.float()) * weight.scales.float()
     affine = torch.stack((weight.scales.float(), offsets), dim=-1).transpose(0, 1).contiguous().bfloat16()
     single, rounded = exact.float(), exact.bfloat16()
-    linear = F.linear
     variants = {
         "kernelgraft": Variant(
-            rotated(lambda *w: w4a16_linear(half, *w), *packed), 0.01, "cpu", "bfloat16", _weight_bytes(*packed)
+            rotated(_on(half, weight), *weight.tensors), 0.01, "cpu", "bfloat16", _weight_bytes(*weight.tensors)
         ),
         "F.linear bf16": Variant(
-            rotated(lambda w: linear(half, w), rounded), 0.01, "torch", "bfloat16", _weight_bytes(rounded)
+            rotated(lambda w: F.linear(half, w), rounded), 0.01, "torch", "bfloat16", _weight_bytes(rounded)
         ),
         "F.linear fp32": Variant(
-            rotated(lambda w: linear(x, w), single), 0.005, "torch", "float32", _weight_bytes(single)
+            rotated(lambda w: F.linear(x, w), single), 0.005, "torch", "float32", _weight_bytes(single)
         ),
         "aten int4pack bf16": Variant(
             rotated(lambda w, a: torch._weight_int4pack_mm_for_cpu(half, w, GROUP, a), aten, affine),
@@ -202,45 +206,59 @@ def _prepare_w4a16_cpu(shape: Shape) -> Prepared:
             _weight_bytes(aten, affine),
         ),
     }
+    if bits == 3:  # the same integers fit four bits as well
+        wider = pack_weight(integers, weight.scales, weight.zeros, 4)
+        variants["kernelgraft w4a16"] = Variant(
+            rotated(_on(half, wider), *wider.tensors), 0.01, "cpu", "bfloat16", _weight_bytes(*wider.tensors)
+        )
     # What bfloat16 activations lose is not the kernels' error: the reference takes them as they are.
     return Prepared(half.double() @ exact.T, variants)
 
 
-def _prepare_w4a16_cuda(shape: Shape) -> Prepared:
+def _prepare_packed_cuda(bits: int, shape: Shape) -> Prepared:
     if not torch.cuda.is_available():
-        raise UnavailableError("w4a16: no CUDA device")
-    x, weight, exact = _w4a16_inputs(shape, "cuda")
+        raise UnavailableError(f"w{bits}a16: no CUDA device")
+    x, weight, exact = _packed_inputs(bits, shape, "cuda")
     half, rounded = x.half().cuda(), exact.half().cuda()
-    packed = (weight.qweight, weight.scales, weight.zeros)
-    require_backend("w4a16_linear", "triton", "cuda", half, *packed, None)
+    require_backend(f"w{bits}a16_linear", "triton", "cuda", half, *weight.tensors, None)
+    packed, dense = _weight_bytes(*weight.tensors), _weight_bytes(rounded)
     variants = {
-        "kernelgraft": Variant(lambda: w4a16_linear(half, *packed), 0.005, "triton", "float16", _weight_bytes(*packed)),
-        "cuBLAS fp16": Variant(lambda: F.linear(half, rounded), 0.005, "torch", "float16", _weight_bytes(rounded)),
+        "kernelgraft": Variant(lambda: linear(half, weight), 0.005, "triton", "float16", packed),
+        "cuBLAS fp16": Variant(lambda: F.linear(half, rounded), 0.005, "torch", "float16", dense),
     }
+    if bits == 3:
+        wider = pack_weight(weight.integers(), weight.scales, weight.zeros, 4)
+        variants["kernelgraft w4a16"] = Variant(
+            lambda: linear(half, wider), 0.005, "triton", "float16", _weight_bytes(*wider.tensors)
+        )
     return Prepared(x.half().double() @ exact.T, variants)
 
 
-def _w4a16_flops(shape: Shape) -> float:
+def _packed_flops(shape: Shape) -> float:
     return 2.0 * shape["m"] * shape["n"] * shape["k"]
 
 
-def _w4a16_bytes(shape: Shape) -> float:
+def _packed_bytes(bits: int, shape: Shape) -> float:
     m, n, k = shape["m"], shape["n"], shape["k"]
-    return n * k / 2 + n * (k // GROUP) * 3 + 2 * m * (n + k)
+    return n * k * bits / 8 + n * (k // GROUP) * 3 + 2 * m * (n + k)
 
 
 _LAYERS = tuple({"m": m, "n": 4096, "k": 4096} for m in TOKENS)
-register(
-    Case(
-        "w4a16",
-        "w4a16_linear",
-        "cpu",
-        "F.linear bf16",
-        _LAYERS,
-        _prepare_w4a16_cpu,
-        _w4a16_flops,
-        _w4a16_bytes,
-        rotates=True,
-    )
-)
-register(Case("w4a16", "w4a16_linear", "cuda", "cuBLAS fp16", _LAYERS, _prepare_w4a16_cuda, _w4a16_flops, _w4a16_bytes))
+for _bits in (4, 3):
+    for _suite, _peer, _prepare in (
+        ("cpu", "F.linear bf16", _prepare_packed_cpu),
+        ("cuda", "cuBLAS fp16", _prepare_packed_cuda),
+    ):
+        register(
+            Case(
+                f"w{_bits}a16",
+                f"w{_bits}a16_linear",
+                _suite,
+                _peer,
+                _LAYERS,
+                functools.partial(_prepare, _bits),
+                _packed_flops,
+                functools.partial(_packed_bytes, _bits),
+                rotates=_suite == "cpu",
+            )
+        )

@@ -184,6 +184,7 @@ def quantize_checkpoint(
     scheme = Scheme(bits, size, symmetric)
     output = choose_format(layout, scheme)
     tokens = encode(source.tokenizer, text)
+    digest = _digest(text, batches or ())
     if batches is None:
         batches = list(as_arguments(calibration.draw(tokens, text_name)))
     config = replace(RECIPES[recipe].settings(scheme), **(settings or {}))
@@ -197,8 +198,7 @@ def quantize_checkpoint(
         "group_size": size,
         "symmetric": symmetric,
         "settings": {key: value for key, value in asdict(config).items() if key != "scheme"},
-        "calibration": asdict(calibration)
-        | {"text": text_name, "sha256": _digest(text, batches), "text_tokens": len(tokens)},
+        "calibration": asdict(calibration) | {"text": text_name, "sha256": digest, "text_tokens": len(tokens)},
     }
     job = described | {"files": _fingerprint(source.directory), "ranks": world_size(), "dtype": str(source.dtype)}
     started = time.perf_counter()
@@ -265,6 +265,7 @@ class _Run:
                     "searches": [asdict(search) for search in outcome.searches],
                 }
                 workspace.save_block(index, tensors, notes)
+                calls.first.clear()  # the workspace holds them
 
             for result in quantize_blocks(
                 model.architecture, model, calls, self._method, workspace, start=start, hidden=hidden, finished=finished
@@ -314,9 +315,10 @@ def _fingerprint(directory: Path) -> list[Any]:
 
 
 def _digest(text: str, batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """Of the text, and of the samples where they were given instead of drawn from it."""
     digest = hashlib.sha256(text.encode())
     for batch in batches:
-        for name in sorted(batch.keys() - {"input_ids"}):
+        for name in sorted(batch):
             digest.update(name.encode())
             digest.update(batch[name].contiguous().cpu().float().numpy().tobytes())
     return digest.hexdigest()

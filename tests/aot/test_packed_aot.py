@@ -13,9 +13,12 @@ import torch
 
 from kernelgraft_core.quant.packed import triton, triton_kernels
 from kernelgraft_core.quant.packed.triton_configs import ARCHITECTURES, Config, list_selectable
+from kernelgraft_core.quant.w3a16 import W3A16Weight
+from kernelgraft_core.quant.w4a16 import W4A16Weight
 from kernelgraft_core.runtime.aot import AotReport, markdown, report
 
 ARCHS = (80, 89, 90, 100)
+KINDS = {3: W3A16Weight, 4: W4A16Weight}
 BITS = pytest.mark.parametrize("bits", [3, 4])
 POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 LATENCY = 0.8e-6  # seconds from a load to its data under load; guess
@@ -86,7 +89,7 @@ SHORTFALLS: dict[tuple[int, int, str], dict[str, tuple[float, str]]] = {
 
 def row_words(bits: int, k: int, align: int) -> int:
     """As the kernels take it: words of the shortest plane in a row, in units of their alignment."""
-    return k // {3: 32, 4: 8}[bits] // align
+    return k // KINDS[bits].unit() // align
 
 
 @functools.cache
@@ -95,7 +98,7 @@ def compiled(
 ) -> AotReport:
     groups = k // group
     tokens = config.block_m
-    constants = triton.constants(config, bits, rows, k, groups, packed) | {"HAS_BIAS": bias}
+    constants = triton.constants(config, KINDS[bits], rows, k, groups, packed) | {"HAS_BIAS": bias}
     out = POINTER[torch.float32 if config.splits > 1 else dtype]
     arguments = {
         "x": POINTER[dtype], "qweight": "*i32", "qhigh": "*i32", "scales": "*fp16", "zeros": "*u8",
@@ -212,7 +215,7 @@ def test_splitting_k_does_not_spill_either(bits, arch, config):
 def test_dequantize_stores_sixteen_bytes_at_a_time(bits, arch, group):
     k = 4096
     groups = k // group if group else 1
-    layout = triton._layout(bits, k, groups, triton.DEQUANTIZE_COLUMNS)
+    layout = triton._layout(KINDS[bits].unit(), k, groups, triton.DEQUANTIZE_COLUMNS)
     arguments = {
         "qweight": "*i32", "qhigh": "*i32", "scales": "*fp16", "zeros": "*u8", "out": "*fp16",
         "rows": k, "columns": k, "k_begin": 0, "k_size": k, "row_words": row_words(bits, k, layout["ALIGN"]),

@@ -108,8 +108,7 @@ def test_any_leading_shape_strides_and_no_tokens(bits, device):
 @pytest.mark.parametrize(("bits", "n", "k", "group"), LAYERS)
 def test_dequantizing_rounds_once(bits, n, k, group, dtype, device):
     weight = random_weight(bits, n, k, group, device)
-    wanted = dense(weight).to(dtype)
-    assert torch.equal(DEQUANTIZED[bits](*weight.tensors, dtype), wanted)
+    assert torch.equal(DEQUANTIZED[bits](*weight.tensors, dtype), dense(weight).to(dtype))
 
 
 @BITS
@@ -130,12 +129,8 @@ def test_the_dequantized_paths_work_in_blocks(bits, scratch, monkeypatch, device
     from kernelgraft_core.quant.packed import triton
 
     monkeypatch.setattr(triton, "SCRATCH_BYTES", scratch)
-    weight, x, bias = (
-        random_weight(bits, 1000, 512, 64, device),
-        torch.randn(300, 512).to(device).half(),
-        torch.randn(1000),
-    )
-    bias = bias.to(device).half()
+    weight = random_weight(bits, 1000, 512, 64, device)
+    x, bias = torch.randn(300, 512).to(device).half(), torch.randn(1000).to(device).half()
     out = triton.run_linear(DEQUANTIZE, x, weight, bias)
     assert_close("out", exact(x, weight, bias), out, 2e-3)
     assert_close("grad_x", out.double() @ dense(weight), triton.dgrad(out, weight), 2e-3)
@@ -178,10 +173,7 @@ def test_a_nan_in_one_token_stays_there(bits, m, device):
 @BITS
 @pytest.mark.parametrize("m", [1, 64])
 def test_large_activations_do_not_overflow_on_the_way(bits, m, device):
-    weight, x = (
-        random_weight(bits, 256, 1024, 128, device),
-        torch.full((m, 1024), 200.0, dtype=torch.float16, device=device),
-    )
-    *planes, scales, zeros = weight.tensors
+    x = torch.full((m, 1024), 200.0, dtype=torch.float16, device=device)
+    *planes, scales, zeros = (weight := random_weight(bits, 256, 1024, 128, device)).tensors
     weight = type(weight)(*planes, scales / 100, zeros)
     assert_close("out", exact(x, weight), linear(x, weight), 3e-3)

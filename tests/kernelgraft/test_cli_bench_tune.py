@@ -74,6 +74,21 @@ def test_bench_times_nothing_that_computes_something_else(capsys):
     assert error.startswith("kernelgraft: w4a16_linear on backend wrong differs from F.linear bfloat16 by 1.0e+00")
 
 
+def test_a_width_that_cannot_hold_the_weight_is_left_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run("bench", "--shape", "64x240", "--group-size", "16", "--tokens", "1", "--rounds", "1") == 0
+    printed = capsys.readouterr()
+    assert "w4a16_linear" in printed.out
+    assert "w3a16" not in printed.out
+    assert "w3a16 left out: group size 16 is not a multiple of 32" in printed.err
+
+
+def test_tuning_leaves_out_a_width_that_cannot_hold_the_weight(store, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run("tune", "--shape", "64x240", "--group-size", "16", "--tokens", "1") == 0
+    assert "w3a16_linear left out: group size 16 is not a multiple of 32" in capsys.readouterr().err
+
+
 def test_the_table_names_ops_and_shapes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert run("bench", *SMALL, "--op", "w4a16_linear", "--tokens", "1", "--rounds", "1") == 0
@@ -90,7 +105,13 @@ def test_the_table_names_ops_and_shapes(capsys, monkeypatch):
         (["bench", "--shape", "4096"], 2, "'4096' is not output x input features"),
         (["bench", "--tokens", "0"], 2, "0 is not 1 or more"),
         (["bench", "--group-size", "96", "--shape", "64x256"], 1, "group size 96 does not divide K = 256"),
-        (["tune", "w5a16"], 1, "'w5a16' cannot be tuned; there are w4a16_linear"),
+        (
+            ["bench", "--op", "w3a16_linear", "--group-size", "16", "--shape", "64x256"],
+            1,
+            "group size 16 is not a multiple of 32, as weights of 3 bits need",
+        ),
+        (["tune", "w3a16_linear", "--group-size", "8"], 1, "group size 8 is not a multiple of 32"),
+        (["tune", "w5a16"], 1, "'w5a16' cannot be tuned; there are w3a16_linear, w4a16_linear"),
         (["tune", "--dtype", "int8"], 2, "'int8' is not bfloat16, float16 or float32"),
     ],
 )

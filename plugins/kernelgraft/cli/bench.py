@@ -60,14 +60,17 @@ def bench(
         check_positive([threads], "--threads")
         torch.set_num_threads(threads)
     results = []
+    left_out: set[str] = set()
     device = devices()[-1]
     with console(stderr=True).status("measuring") as status:
         for n, k in shapes:
             for m in sizes:
-                for subject in _subjects(op, device, {"m": m, "n": n, "k": k, "group": group_size}):
+                for subject in _subjects(op, device, {"m": m, "n": n, "k": k, "group": group_size}, left_out):
                     status.update(f"measuring {subject.op}, {m} tokens, {n}x{k}")
                     times = measure_in_turns(subject.runs, device=device, rounds=rounds, contexts=subject.contexts)
                     results += [_result(subject, name, times) for name in times]
+    for line in sorted(left_out):
+        console(stderr=True).print(escape(line))
     if as_json:
         print(json.dumps({"schema": SCHEMA, "environment": environment(), "results": results}, indent=1))
         return
@@ -82,21 +85,33 @@ def bench(
     console().print(rows)
 
 
-def _subjects(wanted: list[str] | None, device: str, sizes: dict[str, int]) -> list[Subject]:
-    """Every op that has a peer, or those that the user names.
+def _subjects(wanted: list[str] | None, device: str, sizes: dict[str, int], left_out: set[str]) -> list[Subject]:
+    """Every op that has a peer, or those that the user names; adds to ``left_out`` who cannot take these sizes.
 
     Raises:
-        ValueError: an op that is not there; KernelgraftError: a backend computes something else than the peer.
+        ValueError: an op that is not there, or no op takes these sizes; KernelgraftError: a backend computes something
+            else than the peer.
     """
     from kernelgraft.families import FAMILIES, examples_of
 
     subjects = {}
+    refusals = {}
     for family in FAMILIES:
         examples = examples_of(family)
-        for name, args in examples.example_args(device, **sizes).items():
+        try:
+            arguments = examples.example_args(device, **sizes)
+        except ValueError as error:  # one width may hold a weight that the other cannot
+            refusals[family] = error
+            continue
+        for name, args in arguments.items():
             if (peer := examples.peer(name, args)) and (not wanted or name in wanted):
                 subjects[name] = _subject(name, device, sizes, args, peer)
-    if unknown := sorted(set(wanted or ()) - subjects.keys()):
+    missing = set(wanted or ()) - subjects.keys()
+    if refusals and (missing or not subjects):
+        raise next(iter(refusals.values()))
+    if not wanted:
+        left_out.update(f"{family.rpartition('.')[2]} left out: {reason}" for family, reason in refusals.items())
+    if unknown := sorted(missing):
         raise ValueError(f"there is no op {', '.join(unknown)} to measure; --op takes the names that bench shows")
     return list(subjects.values())
 

@@ -47,17 +47,20 @@ def tune(
 
     device = devices()[-1]
     arch = arch_key(device)
+    left_out: set[str] = set()
     before = _read(PLANS.path(arch))
     try:
         with PLANS.tuning(), console(stderr=True).status("measuring") as status:
             for n, k in shapes:
                 arguments = {"n": n, "k": k, "group": group_size, "dtype": getattr(torch, dtype)}
-                for name, args in _tuned_ops(op, device, {"m": max(sizes)} | arguments).items():
+                for name, args in _tuned_ops(op, device, {"m": max(sizes)} | arguments, left_out).items():
                     for m in sizes:
                         status.update(f"measuring {name}, {m} tokens, {n}x{k}")
                         _call(name, args[0][:m], *args[1:])
     except RuntimeError as error:  # plans are switched off, or no candidate runs
         raise KernelgraftError(str(error)) from error
+    for line in sorted(left_out):
+        console(stderr=True).print(escape(line))
     after = _read(PLANS.path(arch))
     changed = {key: entry for key, entry in after.items() if entry != before.get(key)}
     if not changed:
@@ -71,20 +74,32 @@ def tune(
     console().print(f"saved to {escape(PLANS.path(arch))}")
 
 
-def _tuned_ops(wanted: str | None, device: str, sizes: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+def _tuned_ops(
+    wanted: str | None, device: str, sizes: dict[str, Any], left_out: set[str]
+) -> dict[str, tuple[Any, ...]]:
     """Arguments of every op that offers a choice, or of the one that the user names.
 
+    Adds to ``left_out`` who cannot take these sizes.
+
     Raises:
-        ValueError: the named op offers none; the message lists those that do.
+        ValueError: the named op offers none, the message lists those that do; or none takes these sizes.
     """
     from kernelgraft.families import FAMILIES, examples_of
 
     known = {name: examples_of(family) for family in FAMILIES for name in examples_of(family).TUNED}
     if wanted is not None and wanted not in known:
         raise ValueError(f"{wanted!r} cannot be tuned; there are {', '.join(sorted(known))}")
-    return {
-        name: examples.example_args(device, **sizes)[name] for name, examples in known.items() if wanted in (None, name)
-    }
+    found, refusals = {}, {}
+    for name, examples in known.items():
+        if wanted in (None, name):
+            try:
+                found[name] = examples.example_args(device, **sizes)[name]
+            except ValueError as error:  # one width may hold a weight that the other cannot
+                refusals[name] = error
+    if refusals and not found:
+        raise next(iter(refusals.values()))
+    left_out.update(f"{name} left out: {reason}" for name, reason in refusals.items())
+    return found
 
 
 def _call(name: str, *args: Any) -> None:

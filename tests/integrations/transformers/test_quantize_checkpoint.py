@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -448,6 +449,17 @@ def test_settings_of_a_recipe_can_be_given(source, tmp_path, words):
     assert record["settings"] == given | {"search_tokens": 512}
     points = {round(point * 4) for search in record["searches"] for _, point, _ in search["curve"]}
     assert points <= {0, 1, 2, 3}
+
+
+def test_samples_that_are_given_tell_one_job_from_another(source, tmp_path, words):
+    """Else a run that was stopped would go on with the hidden states of other samples."""
+    digests = []
+    for index, batches in enumerate([None, *([{"input_ids": torch.tensor([[5, last]])}] for last in (6, 7))]):
+        out = tmp_path / str(index)
+        record = quantize_checkpoint(source, out, words, recipe="rtn", calibration=SHORT, batches=batches)
+        digests.append(record["calibration"]["sha256"])
+    assert len(set(digests)) == 3
+    assert digests[0] == hashlib.sha256(words.encode()).hexdigest()
 
 
 def test_every_layout_is_listed_by_its_name():

@@ -11,11 +11,14 @@ from torch import nn
 
 from kernelgraft_core.quant.architectures import find_architecture
 from kernelgraft_core.quant.outcome import BlockOutcome
+from kernelgraft_core.quant.rounding import Scheme, fake_quantize
 from kernelgraft_core.quant.runner import InMemory, quantize_blocks
 from kernelgraft_core.quant.sequential import capture_block_calls
 from kernelgraft_core.runtime.errors import CheckpointError, UnsupportedModelError
+from kernelgraft_transformers.quantize import SourceModel, quantize_checkpoint
 from kernelgraft_transformers.shards import ShardReader
 from kernelgraft_transformers.streaming import StreamedModel, empty_model
+from kernelgraft_transformers.texts import Calibration
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -46,7 +49,7 @@ FAMILIES = {
     "mixtral": (transformers.MixtralForCausalLM, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": (
         transformers.Qwen2MoeForCausalLM,
-        EXPERTS | {"shared_expert_intermediate_size": 48, "mlp_only_layers": [1]},
+        EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [1]},
     ),
     "qwen3-moe": (transformers.Qwen3MoeForCausalLM, EXPERTS | {"head_dim": 16}),
 }
@@ -369,3 +372,38 @@ def test_a_reader_holds_no_file_open(saved):
     pieces.clear()
     del tensor
     assert str(weights) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "awq"])
+@pytest.mark.parametrize("family", [*FAMILIES, *TOWERS])
+def test_a_quantized_family_is_stored_under_the_names_of_the_source(
+    saved, float_llama, float_tensors, words, tmp_path, family, recipe
+):
+    """Unpacked, the checkpoint is a model like the source that computes nearly the same."""
+    model = build(family)
+    directory = saved(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(float_llama)
+    given = TOWERS[family][2]() if family in TOWERS else None
+    record = quantize_checkpoint(
+        SourceModel(family, directory, tokenizer, torch.float16), tmp_path / "out", words, recipe=recipe, group_size=32,
+        calibration=Calibration(2, 16), batches=given, settings={"search_tokens": 32},
+    )  # fmt: skip
+    found, original = float_tensors(tmp_path / "out"), float_tensors(directory)
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in original.items()}
+    if recipe == "rtn":
+        kept = {name for name, t in original.items() if torch.equal(found[name], t.half())}
+        assert len(found) - len(kept) == len(record["layers"])
+        assert all(torch.equal(found[n], fake_quantize(original[n], Scheme(4, 32))) for n in found.keys() - kept)
+
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "awq"
+    (unpacked / "config.json").write_text(json.dumps(config))
+    save_file({name: t.contiguous() for name, t in found.items()}, unpacked / "model.safetensors", {"format": "pt"})
+    again = type(model).from_pretrained(unpacked, dtype=torch.float32).eval()
+    batch = given[0] if given else batches()[0]
+    with torch.no_grad():
+        wanted, logits = (m(**batch).logits for m in (model, again))
+    limit = 0.5 if "mix" in family or "moe" in family else 0.2  # some tokens are routed to other experts
+    assert 0 < (logits - wanted).square().mean() < limit * wanted.square().mean()

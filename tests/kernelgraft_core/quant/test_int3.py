@@ -76,6 +76,17 @@ def test_shifts_and_masks_leave_two_neighbours_in_the_halves_of_a_word(values, c
 
 
 @RELAXED
+@given(VALUES, st.integers(0, 1), st.integers(0, 7))
+def test_a_rotation_and_a_selection_put_the_planes_together(values, c, f):
+    """What the GPU kernels do in assembly: the top bits are rotated to bit 2 of the halves and selected there."""
+    low, high = (plane.long() & 0xFFFFFFFF for plane in pack_int3(torch.tensor(values)))
+    by = (8 * c + f - 2) % 32
+    rotated = (high[0].item() >> by | high[0].item() << (32 - by)) & 0xFFFFFFFF
+    pairs = (rotated & 0x00040004 | low[c].item() >> 2 * f & ~0x00040004) & 0x00070007
+    assert (pairs & 0xFFFF, pairs >> 16) == (values[16 * c + 2 * f], values[16 * c + 2 * f + 1])
+
+
+@RELAXED
 @given(st.lists(VALUES, min_size=2, max_size=4), st.data())
 def test_planes_can_be_cut_in_units_of_32(rows, data):
     values = torch.tensor(rows).flatten()

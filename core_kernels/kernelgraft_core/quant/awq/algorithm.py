@@ -15,7 +15,7 @@ from kernelgraft_core.quant.sequential import BlockInputs, InputStatistics, watc
 from kernelgraft_core.quant.weights import QuantizedWeight, pack_weight
 
 from .clip import output_error, search_grid
-from .probe import ModuleProbe
+from .probe import CallRecorder, ModuleProbe
 from .scales import ScaleChoice, search_scales
 
 
@@ -63,6 +63,14 @@ class _BlockQuantizer:
         self._inputs, self._config, self._scheme = inputs, config, config.scheme
         self._groups = architecture.scale_groups(block)
         self._layers = {name: linear_layer(block, name) for group in self._groups for name in group.targets}
+        searched = [group for group in self._groups if group.source is not None and config.scale_points]
+        judges = {g.inspect: (g.per_token, block.get_submodule(g.inspect)) for g in searched}
+        self._recorder = CallRecorder(
+            {name: module for name, (per_token, module) in judges.items() if per_token},
+            {name: module for name, (per_token, module) in judges.items() if not per_token},
+            config.search_tokens,
+            inputs.tokens,
+        )
 
     def run(self) -> BlockOutcome:
         statistics = self._watch()
@@ -99,6 +107,7 @@ class _BlockQuantizer:
         with (
             self._architecture.calibrating(self._block),
             watch_inputs(watched, lambda name, x: statistics[name].add(x)),
+            self._recorder,
         ):
             self._inputs.run(self._block)
         for name, seen in statistics.items():
@@ -115,10 +124,7 @@ class _BlockQuantizer:
         layers = [self._layers[name] for name in group.targets]
         if not self._config.scale_points or group.source is None:
             return ScaleChoice.identity(statistics.mean_abs)
-        with self._architecture.calibrating(self._block):
-            probe = ModuleProbe(
-                self._block, group.inspect, layers, self._inputs, self._config.search_tokens, per_token=group.per_token
-            )
+        probe = ModuleProbe(self._block.get_submodule(group.inspect), layers, self._recorder.calls(group.inspect))
         weights = [layer.weight.data for layer in layers]
         choice = search_scales(
             weights, statistics.mean_abs, probe.error, scheme=self._scheme, points=self._config.scale_points

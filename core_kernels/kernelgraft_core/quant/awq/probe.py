@@ -2,50 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernelgraft_core.quant.ranks import all_sum_float
-from kernelgraft_core.quant.sequential import BlockInputs
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-class ModuleProbe:
-    """Holds calls of one module of a block and its outputs with the weights it has now.
+class CallRecorder:
+    """A context manager that keeps some calls of modules while a block runs over the calibration batches.
 
     Args:
-        block: the block that is run to see the calls.
-        inspect: name of the module in it.
-        layers: the linear layers whose weights are going to vary.
-        tokens: how many calibration tokens to judge by.
-        per_token: take them from all over the calibration text; a module that mixes tokens needs whole sequences.
+        per_token: modules that treat every token by itself; of these, rows from all over the calibration text are kept.
+            Modules that see the same tensor share the copy.
+        whole: modules that mix tokens; of these, the first calls.
+        tokens: how many calibration tokens to judge by, and out of how many.
     """
 
     def __init__(
-        self,
-        block: nn.Module,
-        inspect: str,
-        layers: Sequence[nn.Linear],
-        inputs: BlockInputs,
-        tokens: int,
-        *,
-        per_token: bool,
+        self, per_token: Mapping[str, nn.Module], whole: Mapping[str, nn.Module], tokens: int, total: int
     ) -> None:
-        self._module, self._layers = block.get_submodule(inspect), layers
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        hook = self._module.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
-        )
-        try:
-            (inputs.spread(tokens) if per_token else inputs.take(tokens)).run(block)
-        finally:
-            hook.remove()
-        if per_token:
-            rows = torch.cat([args[0].flatten(0, -2) for args, _ in seen])
-            seen = [((rows[:: max(1, len(rows) // tokens)].unsqueeze(0),), {})]
-        self._calls = seen
+        self._per_token, self._whole, self._tokens = per_token, whole, tokens
+        self._step = max(1, total // max(1, tokens))
+        self._rows: dict[str, list[Tensor]] = {name: [] for name in per_token}
+        self._seen = dict.fromkeys([*per_token, *whole], 0)
+        self._calls: dict[str, Calls] = {name: [] for name in whole}
+        self._last: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> CallRecorder:
+        for modules, see in ((self._per_token, self._see_rows), (self._whole, self._see_call)):
+            for name, module in modules.items():
+                hook = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name, see=see: see(name, args, kwargs), with_kwargs=True
+                )
+                self._stack.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._last = (None, 0, None)
+
+    def calls(self, name: str) -> Calls:
+        """What was kept of a module."""
+        if name in self._calls:
+            return self._calls[name]
+        return [((torch.cat(self._rows[name]).unsqueeze(0),), {})]
+
+    def _see_rows(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0]
+        first = -self._seen[name] % self._step
+        self._seen[name] += x.shape[:-1].numel()
+        source, start, kept = self._last
+        if source is not x or start != first or kept is None:
+            kept = x.flatten(0, -2)[first :: self._step].clone()
+            self._last = (x, first, kept)
+        self._rows[name].append(kept)
+
+    def _see_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._seen[name] < self._tokens:
+            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+            self._seen[name] += hidden.shape[:-1].numel()
+            self._calls[name].append((args, kwargs))
+
+
+class ModuleProbe:
+    """A module's outputs for some calls, with the weights it has now.
+
+    Args:
+        module: whose output counts.
+        layers: the linear layers in it whose weights are going to vary.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[nn.Linear], calls: Calls) -> None:
+        self._module, self._layers, self._calls = module, layers, calls
         self._wanted = self._outputs()
 
     def error(self, weights: Sequence[Tensor]) -> float:

@@ -89,7 +89,7 @@ def plan(tokens, n, k, groups, bits):
     rest = x_shift + up(4 * tokens * padded)
     uneven = 2 * rest
     launch = Launch(
-        Phase(kernels.quantize_tokens.address, tokens, 4),
+        Phase(kernels.quantize_kernel().address, tokens, 4),
         Phase(kernels.rows_kernel(isa, bits, vectors, parts).address, -(-n // 4), 8),
     )
     return Plan(

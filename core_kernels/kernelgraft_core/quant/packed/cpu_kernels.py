@@ -34,12 +34,10 @@ from .cpu_numbers import (
     spread_planes,
     unpack_scales,
 )
-from .cpu_tile import PANEL_WIDTH, multiply_tile
+from .cpu_tile import PANEL, QUAD, multiply_panel
 from .cpu_vectors import INSTRUCTION_SETS, InstructionSet
 
-QUAD = 4  # weight rows that are done together, and the least there must be
 TILE = 4  # tokens that share one pass over a weight row
-PANEL = 32  # weight rows whose scales are unpacked together; their words stay in the second-level cache
 LARGEST = 32767  # what a block's largest magnitude becomes
 EVEN = 64  # a token is uneven when in some block one magnitude is more than this many times the mean of the others
 SLACK = 16  # floats that a tile may read beyond its scales
@@ -79,7 +77,7 @@ def _store_floats(address: int, kind: int, source: Any, addend: Any, count: int)
     """``source + addend``, float32, to ``count`` numbers of a kind, rounded to the nearest, ties to even."""
     if kind == BFLOAT:
         halves = numba.carray(pointer(address), (count,), np.uint16)
-        total = np.empty(PANEL_WIDTH, np.float32)
+        total = np.empty(PANEL, np.float32)
         bits = total.view(np.int32)
         for j in range(count):
             total[j] = source[j] + addend[j]
@@ -153,32 +151,58 @@ def _quantize_row(row: Any, rounded: Any, args: Any, offset: int, slot: int, til
     return uneven
 
 
-@cpu_kernel(fastmath={"contract"})
-def quantize_tokens(start: int, stop: int, args: Any) -> None:
-    """Tokens ``start`` to ``stop`` of ``X (TOKENS, K)`` to block floating point, as :func:`multiply_tile` takes them.
+@numba.njit
+def _unpack_panel(args: Any, first: int, width: int, per_group: int, w_scale: Any, w_shift: Any) -> None:
+    """Scales of ``width`` rows from ``first`` on, one for each block, and those times the zero points."""
+    groups = args[GROUPS]
+    count = width * groups
+    scales, zeros = args[SCALES] + 2 * first * groups, args[ZEROS] + first * groups
+    if per_group == 1 and count >= RUN:
+        unpack_scales(scales, zeros, w_scale.ctypes.data, w_shift.ctypes.data, count)
+        return
+    halves = numba.carray(pointer(scales), (count,), np.uint16)
+    points = numba.carray(pointer(zeros), (count,), np.uint8)
+    for i in range(count):
+        scale = float_of_half(halves[i])
+        for j in range(i * per_group, (i + 1) * per_group):
+            w_scale[j] = scale
+            w_shift[j] = scale * np.float32(points[i])
 
-    Whole tiles of TILE tokens come first, then each of the others by itself. A block that holds a NaN or an infinity
-    gets the scale NaN. Where ``UNEVEN`` is set to 1, the token that REST bytes further is what rounding left over.
-    """
-    tokens, k = args[TOKENS], args[K]
-    row, rounded = np.empty(k, np.float32), np.empty(k, np.int16)
-    uneven = numba.carray(pointer(args[UNEVEN]), (tokens,), np.uint8)
-    item = 4 if args[X_KIND] == FLOAT else 2
-    tiled = tokens // TILE * TILE
-    for m in range(start, stop):
-        _load_floats(row, args[X] + m * k * item, args[X_KIND], k)
-        lane = m % TILE if m < tiled else 0
-        found = _quantize_row(row, rounded, args, 0, m - lane, TILE if m < tiled else 1, lane)
-        uneven[m] = found
-        if found:
-            _quantize_row(row, rounded, args, args[REST], m, 1, 0)
+
+@functools.cache
+def quantize_kernel() -> Any:
+    """The kernel that quantizes activations."""
+    generated_by = _GENERATORS
+
+    @cpu_kernel(fastmath={"contract"})
+    def quantize_tokens(start: int, stop: int, args: Any) -> None:
+        """Tokens ``start`` to ``stop`` of ``X (TOKENS, K)`` to block floating point, as ``multiply_panel`` takes them.
+
+        Whole tiles of TILE tokens come first, then each of the others by itself. A block that holds a NaN or an
+        infinity gets the scale NaN. Where ``UNEVEN`` becomes 1, what rounding left over of the token is a tile of its
+        own, REST bytes further.
+        """
+        _ = generated_by
+        tokens, k, kind = args[TOKENS], args[K], args[X_KIND]
+        row, rounded = np.empty(k, np.float32), np.empty(k, np.int16)
+        uneven = numba.carray(pointer(args[UNEVEN]), (tokens,), np.uint8)
+        tiled = tokens // TILE * TILE
+        for m in range(start, stop):
+            _load_floats(row, args[X] + m * k * (4 if kind == FLOAT else 2), kind, k)
+            if m < tiled:
+                uneven[m] = _quantize_row(row, rounded, args, 0, m // TILE * TILE, TILE, m % TILE)
+            else:
+                uneven[m] = _quantize_row(row, rounded, args, 0, m, 1, 0)
+            if uneven[m]:
+                _quantize_row(row, rounded, args, args[REST], m, 1, 0)
+
+    return quantize_tokens
 
 
 @functools.cache
 def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any:
     """The kernel for blocks of ``vectors`` vectors, or for ``parts`` blocks in one vector, and weights of ``bits``."""
     which, generated_by = INSTRUCTION_SETS.index(isa), _GENERATORS
-    step = 2 if isa.lanes == 16 else 2
 
     @cpu_kernel(fastmath={"contract", "reassoc"})
     def multiply_rows(start: int, stop: int, args: Any) -> None:
@@ -188,76 +212,54 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
         """
         _ = generated_by
         tokens, rows, k, groups = args[TOKENS], args[ROWS], args[K], args[GROUPS]
-        blocks, padded, slots, spread, kind = args[BLOCKS], args[PADDED], args[SLOTS], args[SPREAD], args[X_KIND]
-        per_group, steps, half = blocks // groups, blocks // parts, blocks % parts
-        if half:
-            half = 1
+        blocks, padded, kind = args[BLOCKS], args[PADDED], args[X_KIND]
+        x_bytes, scale_bytes, shift_bytes = 2 * k, 4 * args[SLOTS] * args[SPREAD], 4 * padded  # of a token
+        per_group, steps, half = blocks // groups, blocks // parts, args[SLOTS] - blocks // parts
         row_bytes, high_bytes = k // 4 if bits == 3 else k // 2, k // 8
-        half_scales = numba.carray(pointer(args[SCALES]), (rows * groups,), np.uint16)
-        zeros = numba.carray(pointer(args[ZEROS]), (rows * groups,), np.uint8)
         uneven = numba.carray(pointer(args[UNEVEN]), (tokens,), np.uint8)
         w_scale = np.empty(PANEL * blocks + SLACK, np.float32)
         w_shift = np.empty(PANEL * blocks + SLACK, np.float32)
-        product = np.empty((TILE, PANEL_WIDTH), np.float32)
-        rest = np.empty(PANEL_WIDTH, np.float32)
-        bias = np.zeros(PANEL_WIDTH, np.float32)
+        product, rest = np.empty((TILE, PANEL), np.float32), np.empty(PANEL, np.float32)
+        bias = np.zeros(PANEL, np.float32)
         scale_at, shift_at = w_scale.ctypes.data, w_shift.ctypes.data
-        item = 4 if kind == FLOAT else 2
-        bias_item = 4 if args[BIAS_KIND] == FLOAT else 2
         tiled = tokens // TILE * TILE
         for panel in range(start, stop, PANEL // QUAD):
-            quads = min(PANEL // QUAD, stop - panel)
             first = min(panel * QUAD, rows - QUAD)
-            width = min((panel + quads) * QUAD, rows) - first
-            if per_group == 1 and width * groups >= RUN:
-                unpack_scales(
-                    args[SCALES] + 2 * first * groups, args[ZEROS] + first * groups, scale_at, shift_at, width * groups
-                )
-            else:
-                for i in range(width * groups):
-                    value = float_of_half(half_scales[first * groups + i])
-                    shift = value * np.float32(zeros[first * groups + i])
-                    for j in range(i * per_group, (i + 1) * per_group):
-                        w_scale[j] = value
-                        w_shift[j] = shift
+            width = min(min(panel + PANEL // QUAD, stop) * QUAD, rows) - first
+            _unpack_panel(args, first, width, per_group, w_scale, w_shift)
             if args[BIAS]:
-                _load_floats(bias, args[BIAS] + first * bias_item, args[BIAS_KIND], width)
-            words, high, out = args[QWEIGHT] + first * row_bytes, args[QHIGH] + first * high_bytes, product.ctypes.data
+                at = args[BIAS] + first * (4 if args[BIAS_KIND] == FLOAT else 2)
+                _load_floats(bias, at, args[BIAS_KIND], width)
+            words, high = args[QWEIGHT] + first * row_bytes, args[QHIGH] + first * high_bytes
             m = 0
             while m < tokens:
-                count = TILE if m < tiled else 1
-                x, x_scale = args[XQ] + m * k * 2, args[X_SCALE] + m * slots * spread * 4
-                x_shift = args[X_SHIFT] + m * padded * 4
-                for quad in range(quads):
-                    r = min(quad * QUAD, width - QUAD)
-                    if m < tiled:
-                        for row in range(r, r + QUAD, step):
-                            multiply_tile(
-                                which, bits, step, TILE, vectors, parts, words + row * row_bytes, row_bytes,
-                                high + row * high_bytes, high_bytes, x, x_scale, x_shift, scale_at + row * blocks * 4,
-                                shift_at + row * blocks * 4, blocks, padded, steps, half, out + 4 * row,
-                            )  # fmt: skip
-                    else:
-                        multiply_tile(
-                            which, bits, QUAD, 1, vectors, parts, words + r * row_bytes, row_bytes,
-                            high + r * high_bytes, high_bytes, x, x_scale, x_shift, scale_at + r * blocks * 4,
-                            shift_at + r * blocks * 4, blocks, padded, steps, half, out + 4 * r,
-                        )  # fmt: skip
+                x, x_scale = args[XQ] + m * x_bytes, args[X_SCALE] + m * scale_bytes
+                x_shift = args[X_SHIFT] + m * shift_bytes
+                if m < tiled:
+                    count = TILE
+                    multiply_panel(
+                        which, bits, TILE, vectors, parts, words, high, k, scale_at, shift_at, width, x, x_scale,
+                        x_shift, blocks, padded, steps, half, product.ctypes.data,
+                    )  # fmt: skip
+                else:
+                    count = 1
+                    multiply_panel(
+                        which, bits, 1, vectors, parts, words, high, k, scale_at, shift_at, width, x, x_scale,
+                        x_shift, blocks, padded, steps, half, product.ctypes.data,
+                    )  # fmt: skip
                 for lane in range(count):
                     if uneven[m + lane]:
-                        x = args[XQ] + args[REST] + (m + lane) * k * 2
-                        x_scale = args[X_SCALE] + args[REST] + (m + lane) * slots * spread * 4
-                        x_shift = args[X_SHIFT] + args[REST] + (m + lane) * padded * 4
-                        for quad in range(quads):
-                            r = min(quad * QUAD, width - QUAD)
-                            multiply_tile(
-                                which, bits, QUAD, 1, vectors, parts, words + r * row_bytes, row_bytes,
-                                high + r * high_bytes, high_bytes, x, x_scale, x_shift, scale_at + r * blocks * 4,
-                                shift_at + r * blocks * 4, blocks, padded, steps, half, rest.ctypes.data + 4 * r,
-                            )  # fmt: skip
+                        x = args[XQ] + args[REST] + (m + lane) * x_bytes
+                        x_scale = args[X_SCALE] + args[REST] + (m + lane) * scale_bytes
+                        x_shift = args[X_SHIFT] + args[REST] + (m + lane) * shift_bytes
+                        multiply_panel(
+                            which, bits, 1, vectors, parts, words, high, k, scale_at, shift_at, width, x, x_scale,
+                            x_shift, blocks, padded, steps, half, rest.ctypes.data,
+                        )  # fmt: skip
                         for r in range(width):
                             product[lane, r] += rest[r]
-                    _store_floats(args[OUT] + ((m + lane) * rows + first) * item, kind, product[lane], bias, width)
+                    at = args[OUT] + ((m + lane) * rows + first) * (4 if kind == FLOAT else 2)
+                    _store_floats(at, kind, product[lane], bias, width)
                 m += count
 
     return multiply_rows

@@ -17,12 +17,13 @@ from numba.extending import intrinsic
 
 from .cpu_vectors import F32, I16, I32, I64, INSTRUCTION_SETS, Emit, InstructionSet, constant, vector
 
-PANEL_WIDTH = 36  # floats in a row of the buffer that tiles write to
+QUAD = 4  # weight rows that are done together, and the least there must be
+PANEL = 32  # weight rows whose scales are unpacked together; their words stay in the second-level cache
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``rows`` weight rows times ``tokens`` tokens; one of the two is 4 and the other 1, or more.
+    """QUAD weight rows times ``tokens`` tokens.
 
     Attributes:
         bits: of a weight.
@@ -32,20 +33,49 @@ class Tile:
 
     isa: InstructionSet
     bits: int
-    rows: int
     tokens: int
     vectors: int
     parts: int
 
     @property
+    def low_bits(self) -> int:
+        """Bits of a weight that are in ``qweight``."""
+        return 2 if self.bits == 3 else 4
+
+    @property
+    def sums(self) -> int:
+        """Lanes of an int32 or float32 vector."""
+        return self.isa.lanes // 2
+
+    @property
     def narrow(self) -> Tile:
         """The same tile on half a vector."""
-        return Tile(self.isa.narrow, self.bits, self.rows, self.tokens, 1, self.parts // 2)
+        return Tile(self.isa.narrow, self.bits, self.tokens, 1, self.parts // 2)
 
 
-def _unpack(emit: Emit, bits: int, words: list[Any], index: Any, lanes: int) -> list[Any]:
+@dataclass(frozen=True)
+class _Rows:
+    """Where four rows of a weight are: their planes, then scales and shifts (scale times zero point), all ``i8*``."""
+
+    words: list[list[Any]]
+    scale: Any
+    shift: Any
+    blocks: Any
+    row_bytes: Any
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Where a tile of activations is, ``i8*``; see :func:`multiply_panel`."""
+
+    x: Any
+    scale: Any
+    shift: Any
+
+
+def _unpack(emit: Emit, bits: int, words: list[Any], index: Any) -> list[Any]:
     """The four planes of vector ``index`` of a row; ``words`` are where the row's packed planes begin."""
-    b = emit.b
+    b, lanes = emit.b, emit.isa.lanes
     if bits == 4:
         nibbles = emit.load(words[0], vector(I16, lanes), emit.times(index, 2 * lanes))
         planes = [emit.shift_right(nibbles, 4 * plane) for plane in range(4)]
@@ -66,146 +96,129 @@ def _unpack(emit: Emit, bits: int, words: list[Any], index: Any, lanes: int) -> 
     return planes
 
 
-class _Step:
-    """Multiplies one block of every token, or the blocks of one vector, and adds it to running sums."""
+def _shifts(emit: Emit, tile: Tile, rows: _Rows, tokens: _Tokens, padded: Any) -> list[Any]:
+    """What zero points take away, for each token and row: a vector whose lanes have to be added up."""
+    b, kind = emit.b, vector(F32, tile.sums)
+    numbers = ir.Constant(vector(I64, tile.sums), list(range(tile.sums)))
 
-    def __init__(self, emit: Emit, tile: Tile, args: dict[str, Any]) -> None:
-        self.emit, self.tile = emit, tile
-        self.x, self.x_scale, self.w_scale = args["x"], args["x_scale"], args["w_scale"]
-        self.words, self.row_blocks, self.row_bytes = args["words"], args["blocks"], args["row_bytes"]
-
-    def add(self, sums: list[Any], vector_index: Any, x: Any, x_scale: Any, block: Any) -> list[Any]:
-        """Args: ``sums``: by row, then token. ``x``, ``x_scale``: addresses. ``block``: the first, of each row."""
-        emit, tile, b = self.emit, self.tile, self.emit.b
-        lanes, sums_lanes = tile.isa.lanes, tile.isa.lanes // 2
-        totals: list[Any] = [None] * len(sums)
-        for v in range(tile.vectors):
-            here = emit.plus(vector_index, v)
-            if tile.tokens == 1 and v * lanes % 32 == 0:
-                # The next rows: each row is too short for the hardware to notice a stream before it ends.
-                for row in self.words:
-                    ahead = b.add(emit.times(here, lanes // 2 * tile.bits), emit.times(self.row_bytes, tile.rows))
-                    emit.prefetch(row[0], ahead)
-            weights = [_unpack(emit, tile.bits, row, here, lanes) for row in self.words]
-            for plane in range(4):
-                for m in range(tile.tokens):
-                    at = 2 * lanes * (4 * (v * tile.tokens + m) + plane)
-                    values = emit.load(x, vector(I16, lanes), at)
-                    for r in range(tile.rows):
-                        which = r * tile.tokens + m
-                        totals[which] = emit.multiply_add(weights[r][plane], values, totals[which])
-        kind = F32 if tile.parts == 1 else vector(F32, tile.parts)
+    def add(i: Any, totals: list[Any]) -> list[Any]:
+        first = emit.times(i, tile.sums)
+        inside = b.icmp_signed("<", numbers, emit.widen(b.sub(rows.blocks, first), tile.sums))
+        shifts = []
+        for r in range(QUAD):
+            loaded = emit.load(rows.shift, kind, emit.times(b.add(emit.times(rows.blocks, r), first), 4))
+            shifts.append(b.select(inside, loaded, constant(0.0, kind)))
         results = []
-        for r in range(tile.rows):
-            at_row = b.add(b.mul(self.row_blocks, ir.Constant(I64, r)), block)
-            row_scale = emit.widen(emit.load(self.w_scale, kind, emit.times(at_row, 4)), sums_lanes)
-            for m in range(tile.tokens):
-                which = r * tile.tokens + m
-                scaled = b.fmul(b.sitofp(totals[which], vector(F32, sums_lanes)), row_scale)
-                results.append(emit.fma(scaled, self.token_scale(x_scale, m), sums[which]))
+        for m in range(tile.tokens):
+            token = emit.load(tokens.shift, kind, emit.times(b.add(emit.times(padded, m), first), 4))
+            results += [emit.fma(shifts[r], token, totals[m * QUAD + r]) for r in range(QUAD)]
         return results
 
-    def token_scale(self, x_scale: Any, m: int) -> Any:
-        lanes = self.tile.isa.lanes // 2
-        if self.tile.parts == 1:
-            return self.emit.widen(self.emit.load(x_scale, F32, 4 * m), lanes)
-        return self.emit.load(x_scale, vector(F32, lanes), 4 * lanes * m)
+    runs = b.udiv(padded, ir.Constant(I64, tile.sums))
+    return emit.loop(runs, [constant(0.0, kind)] * (tile.tokens * QUAD), add)
 
 
-class _Tail(_Step):
-    """The last half of a vector; its scales have been spread over a whole one."""
+def _add_step(emit: Emit, tile: Tile, rows: _Rows, totals: list[Any], at: tuple[Any, Any], x: Any, scales: Any) -> list[Any]:
+    """Multiply one step - a block of every token, or the blocks of one vector - and add it to ``totals``.
 
-    def token_scale(self, x_scale: Any, m: int) -> Any:
-        return self.emit.load(x_scale, vector(F32, 8), 64 * m)
-
-
-def _shifts(emit: Emit, tile: Tile, args: dict[str, Any], x_shift: Any, w_shift: Any, padded: Any) -> list[Any]:
-    """Running sums at the start: what zero points take away, summed over blocks, some in each lane."""
-    b, lanes = emit.b, tile.isa.lanes // 2
-    kind = vector(F32, lanes)
-    numbers = ir.Constant(vector(I64, lanes), list(range(lanes)))
-
-    def add(i: Any, sums: list[Any]) -> list[Any]:
-        first = emit.times(i, lanes)
-        inside = b.icmp_signed("<", numbers, emit.widen(b.sub(args["blocks"], first), lanes))
-        results = []
-        for r in range(tile.rows):
-            at = b.add(b.mul(args["blocks"], ir.Constant(I64, r)), first)
-            row = b.select(inside, emit.load(w_shift, kind, emit.times(at, 4)), constant(0.0, kind))
+    ``at``: the step's first vector and first block. ``x``: address of its activations. ``scales``: a vector by token.
+    """
+    b, kind = emit.b, vector(I16, emit.isa.lanes)
+    products: list[Any] = [None] * (tile.tokens * QUAD)
+    for v in range(tile.vectors):
+        here = emit.plus(at[0], v)
+        if tile.tokens == 1 and v * emit.isa.lanes % 32 == 0:
+            # The next four rows: each row is too short for the hardware to notice a stream before it ends.
+            ahead = b.add(emit.times(here, emit.isa.lanes // 2 * tile.low_bits), emit.times(rows.row_bytes, QUAD))
+            for words in rows.words:
+                emit.prefetch(words[0], ahead)
+        weights = [_unpack(emit, tile.bits, words, here) for words in rows.words]
+        for plane in range(4):
             for m in range(tile.tokens):
-                at = b.add(b.mul(padded, ir.Constant(I64, m)), first)
-                token = emit.load(x_shift, kind, emit.times(at, 4))
-                results.append(emit.fma(row, token, sums[r * tile.tokens + m]))
-        return results
+                values = emit.load(x, kind, 2 * emit.isa.lanes * (4 * (v * tile.tokens + m) + plane))
+                for r in range(QUAD):
+                    which = m * QUAD + r
+                    products[which] = emit.multiply_add(weights[r][plane], values, products[which])
+    row_kind = F32 if tile.parts == 1 else vector(F32, tile.parts)
+    row_scales = []
+    for r in range(QUAD):
+        first = emit.times(b.add(emit.times(rows.blocks, r), at[1]), 4)
+        row_scales.append(emit.widen(emit.load(rows.scale, row_kind, first), tile.sums))
+    results = []
+    for m in range(tile.tokens):
+        for r in range(QUAD):
+            product = b.sitofp(products[m * QUAD + r], vector(F32, tile.sums))
+            results.append(emit.fma(b.fmul(product, row_scales[r]), scales[m], totals[m * QUAD + r]))
+    return results
 
-    return emit.loop(b.sdiv(padded, ir.Constant(I64, lanes)), [constant(0.0, kind)] * (tile.rows * tile.tokens), add)
 
+def _multiply(emit: Emit, tile: Tile, rows: _Rows, tokens: _Tokens, padded: Any, steps: Any, half: Any) -> list[Any]:
+    """For each token, the products with four rows in a vector of four."""
+    b, spread = emit.b, 1 if tile.parts == 1 else tile.sums
+    x_bytes, scale_bytes = 8 * tile.isa.lanes * tile.tokens * tile.vectors, 4 * tile.tokens * spread
 
-def _emit_tile(emit: Emit, tile: Tile, values: Any) -> None:
-    b, isa = emit.b, tile.isa
-    words, row_bytes, high, high_bytes, x, x_scale, x_shift, w_scale, w_shift, blocks, padded, steps, half, out = values
-    rows = [[emit.at(words, b.mul(row_bytes, ir.Constant(I64, r)))] for r in range(tile.rows)]
-    if tile.bits == 3:
-        for r, row in enumerate(rows):
-            row.append(emit.at(high, b.mul(high_bytes, ir.Constant(I64, r))))
-    x, x_scale, x_shift, w_scale, w_shift, out = (emit.at(a, 0) for a in (x, x_scale, x_shift, w_scale, w_shift, out))
-    args = {"x": x, "x_scale": x_scale, "w_scale": w_scale, "words": rows, "blocks": blocks, "row_bytes": row_bytes}
-    step = _Step(emit, tile, args)
-    x_bytes = 8 * isa.lanes * tile.tokens * tile.vectors
-    scale_bytes = 4 * tile.tokens * (1 if tile.parts == 1 else isa.lanes // 2)
+    def add(i: Any, totals: list[Any]) -> list[Any]:
+        x, scale = emit.at(tokens.x, emit.times(i, x_bytes)), emit.at(tokens.scale, emit.times(i, scale_bytes))
+        kind = F32 if spread == 1 else vector(F32, spread)
+        scales = [emit.widen(emit.load(scale, kind, 4 * spread * m), tile.sums) for m in range(tile.tokens)]
+        return _add_step(emit, tile, rows, totals, (emit.times(i, tile.vectors), emit.times(i, tile.parts)), x, scales)
 
-    def add(i: Any, sums: list[Any]) -> list[Any]:
-        x_here, scale_here = emit.at(x, emit.times(i, x_bytes)), emit.at(x_scale, emit.times(i, scale_bytes))
-        return step.add(sums, emit.times(i, tile.vectors), x_here, scale_here, emit.times(i, tile.parts))
+    totals = emit.loop(steps, _shifts(emit, tile, rows, tokens, padded), add)
+    if tile.parts > 1 and tile.isa.lanes == 32:
+        narrow = Emit(b, tile.isa.narrow)
 
-    sums = emit.loop(steps, _shifts(emit, tile, args, x_shift, w_shift, padded), add)
-    if tile.parts > 1 and isa.lanes == 32:
-        sums = [emit.halves_added(each) for each in sums]
-        narrow = Emit(b, isa.narrow)
-        tail = _Tail(narrow, tile.narrow, args)
+        def add_half(_: Any, totals: list[Any]) -> list[Any]:
+            x, scale = emit.at(tokens.x, emit.times(steps, x_bytes)), emit.at(tokens.scale, emit.times(steps, scale_bytes))
+            scales = [narrow.load(scale, vector(F32, spread // 2), 4 * spread * m) for m in range(tile.tokens)]
+            at = emit.times(steps, 2), emit.times(steps, tile.parts)
+            return _add_step(narrow, tile.narrow, rows, totals, at, x, scales)
 
-        def add_half(i: Any, sums: list[Any]) -> list[Any]:
-            x_here, scale_here = (
-                emit.at(x, emit.times(steps, x_bytes)),
-                emit.at(x_scale, emit.times(steps, scale_bytes)),
-            )
-            return tail.add(sums, emit.times(steps, 2), x_here, scale_here, emit.times(steps, tile.parts))
-
-        sums = narrow.loop(half, sums, add_half)
-    if tile.tokens == 1:
-        for first in range(0, tile.rows, 4):
-            emit.store(emit.sums_of_four(sums[first : first + 4]), out, 4 * first)
-        return
-    for r in range(tile.rows):
-        for first in range(0, tile.tokens, 4):
-            four = emit.sums_of_four(sums[r * tile.tokens + first : r * tile.tokens + first + 4])
-            for m in range(4):
-                element = b.extract_element(four, ir.Constant(I32, m))
-                emit.store(element, out, 4 * (PANEL_WIDTH * (first + m) + r))
+        totals = narrow.loop(half, [emit.halves_added(each) for each in totals], add_half)
+    return [emit.sums_of_four(totals[m * QUAD : (m + 1) * QUAD]) for m in range(tile.tokens)]
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tile(typing_context: Any, isa: Any, bits: Any, rows: Any, tokens: Any, vectors: Any, parts: Any,
-                  words: Any, row_bytes: Any, high: Any, high_bytes: Any, x: Any, x_scale: Any, x_shift: Any,
-                  w_scale: Any, w_shift: Any, blocks: Any, padded: Any, steps: Any, half: Any, out: Any) -> Any:  # fmt: skip
-    """Write the products of a tile, float32, to ``out``: row ``r`` of token ``m`` at ``PANEL_WIDTH * m + r``.
+def multiply_panel(typing_context: Any, isa: Any, bits: Any, tokens: Any, vectors: Any, parts: Any,
+                   words: Any, high: Any, k: Any, w_scale: Any, w_shift: Any, width: Any,
+                   x: Any, x_scale: Any, x_shift: Any, blocks: Any, padded: Any, steps: Any, half: Any, out: Any) -> Any:  # fmt: skip
+    """Write the products of ``width`` weight rows and a tile of tokens, float32 ``(tokens, PANEL)``, to ``out``.
+
+    All but the literals are int64, most of them addresses. The last QUAD rows overlap those before where ``width`` is
+    not a multiple of QUAD.
 
     Args:
-        isa: index into ``INSTRUCTION_SETS``; it and those up to ``parts`` are literal: :class:`Tile`.
-        words, row_bytes: where the first row of ``qweight`` begins, and its bytes; ``high`` likewise of ``qhigh``.
-        x: int16 activations ``(vectors, tokens, 4 planes, lanes)``; a last half vector has half the lanes.
+        isa: index into ``INSTRUCTION_SETS``; it and those up to ``parts`` are literal, see :class:`Tile`.
+        words, high: where the first row begins in ``qweight``, and in the ``qhigh`` of 3-bit weights.
+        w_scale, w_shift: float32 ``(width, blocks)``: scales of the weight, and those times the zero points. Readable
+            for half as many floats more as a vector has lanes.
+        x: int16 activations ``(K / (4 * lanes), tokens, 4 planes, lanes)``; a last half vector has half the lanes.
         x_scale: float32 ``(steps, tokens)``; where a vector spans several blocks ``(steps, tokens, lanes / 2)``.
         x_shift: float32 ``(tokens, padded)``: each block's scale times the sum of its integers, negative; then zeros.
-        w_scale, w_shift: float32 ``(rows, blocks)``: scales of the weight, and those times the zero points. Readable
-            for 16 floats more.
         steps: blocks, or vectors where a vector spans several; without the last half vector.
         half: 1 where half a vector follows them, else 0.
     """
-    literal = [each.literal_value for each in (isa, bits, rows, tokens, vectors, parts)]
-    tile = Tile(INSTRUCTION_SETS[literal[0]], *literal[1:])
+    tile = Tile(INSTRUCTION_SETS[isa.literal_value], *(each.literal_value for each in (bits, tokens, vectors, parts)))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_tile(Emit(builder, tile.isa), tile, args[6:])
+        words, high, k, w_scale, w_shift, width, x, x_scale, x_shift, blocks, padded, steps, half, out = args[5:]
+        emit = Emit(builder, tile.isa)
+        row_bytes, high_bytes = (builder.udiv(k, ir.Constant(I64, 8 // each)) for each in (tile.low_bits, 1))
+        activations = _Tokens(*(emit.at(address, 0) for address in (x, x_scale, x_shift)))
+
+        def quad(i: Any, _: list[Any]) -> list[Any]:
+            row, last = emit.times(i, QUAD), emit.plus(width, -QUAD)
+            row = builder.select(builder.icmp_signed("<", row, last), row, last)
+            planes = []
+            for r in range(QUAD):
+                here = emit.plus(row, r)
+                planes.append([emit.at(words, builder.mul(here, row_bytes)), emit.at(high, builder.mul(here, high_bytes))])
+            scales_at = emit.times(builder.mul(row, blocks), 4)
+            rows = _Rows(planes, emit.at(w_scale, scales_at), emit.at(w_shift, scales_at), blocks, row_bytes)
+            for m, four in enumerate(_multiply(emit, tile, rows, activations, padded, steps, half)):
+                emit.store(four, emit.at(out, emit.times(row, 4)), 4 * PANEL * m)
+            return []
+
+        emit.loop(builder.udiv(emit.plus(width, QUAD - 1), ir.Constant(I64, QUAD)), [], quad)
         return context.get_dummy_value()
 
-    return types.void(isa, bits, rows, tokens, vectors, parts, *([types.int64] * 14)), generate
+    return types.void(isa, bits, tokens, vectors, parts, *([types.int64] * 14)), generate

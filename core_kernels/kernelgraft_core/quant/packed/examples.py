@@ -37,10 +37,13 @@ class LinearExamples:
             dtype: of the activations.
 
         Raises:
-            ValueError: the group size does not divide ``k``, or the weight cannot be packed.
+            ValueError: the group size does not divide ``k``, or not into whole words.
         """
         if group < 1 or k % group:
             raise ValueError(f"group size {group} does not divide K = {k}")
+        if group % self.kind.unit():
+            bits, unit = self.kind.bits, self.kind.unit()
+            raise ValueError(f"group size {group} is not a multiple of {unit}, as weights of {bits} bits need")
         generator = torch.Generator().manual_seed(0)
         integers = torch.randint(0, 1 << self.kind.bits, (n, k), generator=generator)
         zeros = torch.randint(0, 1 << self.kind.bits, (n, k // group), generator=generator)

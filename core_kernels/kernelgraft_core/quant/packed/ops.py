@@ -6,7 +6,6 @@ A family of ops, such as W4A16, makes one :class:`LinearOps`; its public functio
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.op import Implementation, Op, deferred
+
+from .weight import PackedWeight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,16 +32,15 @@ class LinearOps:
 
     Args:
         family: e.g. ``"w4a16"``.
-        planes: names of the packed int32 tensors, and of how many columns a word of each holds bits.
+        kind: the type of the weight.
         reference: the module with the backend "reference"; beside it are ``cpu`` and ``triton``, imported at first use
             (importing the ops must not start numba or Triton), each with ``supports_<op>`` for every op.
     """
 
-    def __init__(self, family: str, planes: Mapping[str, int], reference: ModuleType) -> None:
-        self.planes = tuple(planes.items())
-        self.multiple = max(planes.values())  # of columns: no plane ends inside a word
+    def __init__(self, family: str, kind: type[PackedWeight], reference: ModuleType) -> None:
+        self.planes, self.unit = tuple(kind.planes.items()), kind.unit()
         per_word = self.planes[0][1]
-        tensors = ", ".join(f"Tensor {name}" for name in (*planes, "scales", "zeros"))
+        tensors = ", ".join(f"Tensor {name}" for name in (*kind.planes, "scales", "zeros"))
         self.linear_op = Op(
             f"{family}_linear(Tensor x, {tensors}, Tensor? bias) -> Tensor",
             fake=lambda x, *rest: x.new_empty((*x.shape[:-1], rest[0].shape[0])),
@@ -114,8 +114,8 @@ class LinearOps:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, expected ({rows}, K / group size)")
             _check_device(name, tensor, first)
         groups = scales.shape[1]
-        if k == 0 or groups == 0 or k % groups or (k // groups) % self.multiple:
-            raise ValueError(f"K = {k} does not split into {groups} groups of a multiple of {self.multiple}")
+        if k == 0 or groups == 0 or k % groups or (k // groups) % self.unit:
+            raise ValueError(f"K = {k} does not split into {groups} groups of a multiple of {self.unit}")
         return rows, k
 
     @staticmethod

@@ -71,10 +71,10 @@ def _fused_linear(config: Config, x: Tensor, weight: PackedWeight, bias: Tensor 
     tokens, rows, k = x.shape[0], weight.out_features, weight.in_features
     qweight, qhigh, scales, zeros = _pointers(weight)
     out = x.new_empty((tokens, rows))
-    fixed = constants(config, weight.bits, rows, k, scales.shape[1], _is_packed(weight))
+    fixed = constants(config, type(weight), rows, k, scales.shape[1], _is_packed(weight))
     fixed["HAS_BIAS"] = bias is not None
     launch = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers or None}
-    row_words = k // _unit(weight.bits) // fixed["ALIGN"]
+    row_words = k // weight.unit() // fixed["ALIGN"]
     strides = (*scales.stride(), *zeros.stride())
     if config.kernel == "slice_k":
         slice_k_kernel[triton.cdiv(rows, config.block_n),](
@@ -141,10 +141,10 @@ def _dequantize(weight: PackedWeight, dtype: torch.dtype, begin: int, end: int) 
     out = torch.empty((rows, end - begin), dtype=dtype, device=qweight.device)
     if out.numel() == 0:
         return out
-    layout = _layout(weight.bits, k, scales.shape[1], DEQUANTIZE_COLUMNS)
+    layout = _layout(weight.unit(), k, scales.shape[1], DEQUANTIZE_COLUMNS)
     dequantize_kernel[triton.cdiv(rows, DEQUANTIZE_ROWS), triton.cdiv(end - begin, DEQUANTIZE_COLUMNS)](
         qweight, qhigh, scales, zeros, out,
-        rows, end - begin, begin, k, k // _unit(weight.bits) // layout["ALIGN"], *scales.stride(), *zeros.stride(),
+        rows, end - begin, begin, k, k // weight.unit() // layout["ALIGN"], *scales.stride(), *zeros.stride(),
         BITS=weight.bits, BN=DEQUANTIZE_ROWS, BK=DEQUANTIZE_COLUMNS, **layout, num_warps=4,
     )  # fmt: skip
     return out
@@ -156,41 +156,38 @@ def _pointers(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return planes[0].contiguous(), planes[-1].contiguous(), scales, zeros
 
 
-def _unit(bits: int) -> int:
-    """Columns in a word of the shortest plane."""
-    return 8 if bits == 4 else 32
-
-
 def _block(size: int, unit_bytes: int, multiple: int) -> int:
     """How many of ``size`` units to dequantize at once so that they fit the scratch space, in whole multiples."""
     return min(size, max(multiple, SCRATCH_BYTES // max(unit_bytes, 1) // multiple * multiple))
 
 
-def constants(config: Config, bits: int, rows: int, k: int, groups: int, packed: bool) -> dict[str, int | bool]:
+def constants(
+    config: Config, kind: type[PackedWeight], rows: int, k: int, groups: int, packed: bool
+) -> dict[str, int | bool]:
     """The constant arguments, but HAS_BIAS, of the kernel that runs a ``slice_k`` or ``gemm`` configuration.
 
     Args:
-        bits: of a weight.
+        kind: of the weight.
         rows, k: shape of the weight.
         groups: scales of a row.
         packed: whether scales and zeros may be read several rows at once.
     """
-    kind = {"SLICES": config.warps} if config.kernel == "slice_k" else {"SPLIT": config.splits > 1}
-    return kind | _layout(bits, k, groups, config.block_k) | {
-        "BITS": bits, "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "STAGES": config.stages,
+    own = {"SLICES": config.warps} if config.kernel == "slice_k" else {"SPLIT": config.splits > 1}
+    return own | _layout(kind.unit(), k, groups, config.block_k) | {
+        "BITS": kind.bits, "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "STAGES": config.stages,
         "EVEN_K": k % config.step == 0, "PACKED": packed and rows % 4 == 0, "INTERPRETED": INTERPRETED,
     }  # fmt: skip
 
 
-def _layout(bits: int, k: int, groups: int, block_k: int) -> dict[str, int]:
+def _layout(unit: int, k: int, groups: int, block_k: int) -> dict[str, int]:
     """What the kernels know of a weight when they are compiled; see :mod:`.triton_kernels`."""
-    words, group = k // _unit(bits), k // groups
+    words, group = k // unit, k // groups
     if groups == 1 or group % block_k == 0:
         per_block = 1
     elif block_k % group == 0:
         per_block = block_k // group
     else:
-        per_block = block_k // _unit(bits)  # a group may begin at any word
+        per_block = block_k // unit  # a group may begin at any word
     align = 4 if words % 4 == 0 else 2 if words % 2 == 0 else 1
     return {"GROUP": 0 if groups == 1 else group, "GROUPS": per_block, "ALIGN": align}
 

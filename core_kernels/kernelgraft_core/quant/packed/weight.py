@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -17,11 +18,11 @@ class PackedWeight(ABC):
 
     Attributes:
         bits: of an integer.
-        per_word: integers that a word of ``qweight`` has a part in.
+        planes: names of the packed int32 tensors, and of how many columns a word of each holds bits.
     """
 
     bits: ClassVar[int]
-    per_word: ClassVar[int]
+    planes: ClassVar[Mapping[str, int]]
     qweight: Tensor
     scales: Tensor
     zeros: Tensor
@@ -76,13 +77,18 @@ class PackedWeight(ABC):
         """The weight on another device, arranged for it."""
         return type(self)(*(tensor.to(device) for tensor in self.tensors)).arranged()
 
+    @classmethod
+    def unit(cls) -> int:
+        """Columns that fill a word of every plane: what K, group sizes and slices along K are multiples of."""
+        return max(cls.planes.values())
+
     @property
     def out_features(self) -> int:
         return self.qweight.shape[0]
 
     @property
     def in_features(self) -> int:
-        return self.qweight.shape[1] * self.per_word
+        return self.qweight.shape[1] * self.planes["qweight"]
 
     @property
     def group_size(self) -> int:

@@ -8,8 +8,9 @@ from torch import Tensor
 from kernelgraft_core.quant.packed.ops import LinearOps
 
 from . import reference
+from .weight import W3A16Weight
 
-_OPS = LinearOps("w3a16", {"qweight": 16, "qhigh": 32}, reference)
+_OPS = LinearOps("w3a16", W3A16Weight, reference)
 
 
 def w3a16_linear(

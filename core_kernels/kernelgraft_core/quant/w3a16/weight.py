@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ class W3A16Weight(PackedWeight):
     """
 
     bits: ClassVar[int] = 3
-    per_word: ClassVar[int] = 16
+    planes: ClassVar[Mapping[str, int]] = {"qweight": 16, "qhigh": 32}
 
     qweight: Tensor
     qhigh: Tensor

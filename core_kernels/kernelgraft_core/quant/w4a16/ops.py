@@ -8,8 +8,9 @@ from torch import Tensor
 from kernelgraft_core.quant.packed.ops import LinearOps
 
 from . import reference
+from .weight import W4A16Weight
 
-_OPS = LinearOps("w4a16", {"qweight": 8}, reference)
+_OPS = LinearOps("w4a16", W4A16Weight, reference)
 
 
 def w4a16_linear(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ class W4A16Weight(PackedWeight):
     """
 
     bits: ClassVar[int] = 4
-    per_word: ClassVar[int] = 8
+    planes: ClassVar[Mapping[str, int]] = {"qweight": 8}
 
     qweight: Tensor
     scales: Tensor
