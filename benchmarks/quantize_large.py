@@ -4,8 +4,8 @@ python -m benchmarks.quantize_large --out benchmarks/results/quantize-large-<mac
 
 Makes a random Llama of the shape of Llama-2-7B (hidden 4096, inner 11008, bfloat16 shards on disk; --layers for fewer
 blocks), quantizes it with AWQ in a process of its own, then once more in a process that is killed with SIGKILL at
-random moments and started again. Reports the largest resident set of any of these processes beside the size of one block, and
-whether both checkpoints are the same byte for byte. The weights are random: nothing is said about quality.
+random moments and started again. Reports the largest resident set of any of these processes beside the size of one
+block, and whether both checkpoints are the same byte for byte. The weights are random: nothing is said about quality.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kernelgraft_core import __version__
 from kernelgraft_core.quant.architectures import find_architecture, linear_layer
 from kernelgraft_core.quant.awq import AwqConfig, AwqMethod, rtn_config
+from kernelgraft_core.quant.formats.layout import Layout
 from kernelgraft_core.quant.gptq import GptqConfig, GptqMethod
 from kernelgraft_core.quant.outcome import BlockOutcome, Method
 from kernelgraft_core.quant.ranks import rank, world_size
@@ -28,7 +29,7 @@ from kernelgraft_core.quant.sequential import capture_block_calls
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
 from .checkpoint import check_replaceable, replaced_directory
-from .outputs import Output, choose_format, write_checkpoint
+from .outputs import choose_layout, write_checkpoint
 from .streaming import StreamedModel, empty_model
 from .texts import Calibration, encode
 from .workspace import Workspace, workspace_of
@@ -116,16 +117,31 @@ def choose_group_size(model: nn.Module) -> int:
     Raises:
         ValueError: none does.
     """
-    architecture = find_architecture(model)
-    widths: set[int] = set()
-    for block in architecture.block_list(model):
-        architecture.prepare(block)
-        for group in architecture.scale_groups(block):
-            widths |= {linear_layer(block, name).in_features for name in group.targets}
+    widths = {layer.in_features for _, layer in _target_layers(model)}
     for size in AUTO_GROUP_SIZES:
         if all(width % size == 0 for width in widths):
             return size
     raise ValueError(f"no group size of {AUTO_GROUP_SIZES} divides every K of the model: {sorted(widths)}")
+
+
+def _target_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every layer that will be quantized, by name; the model may be on the meta device."""
+    architecture = find_architecture(model)
+    path = architecture.block_path(model)
+    for index, block in enumerate(architecture.block_list(model)):
+        architecture.prepare(block)
+        for group in architecture.scale_groups(block):
+            for name in group.targets:
+                yield f"{path}.{index}.{name}", linear_layer(block, name)
+
+
+def _check_fit(model: nn.Module, layout: Layout) -> None:
+    """Refuse, before any work, layers that the layout cannot hold; the group size is looked at as well."""
+    for name, layer in _target_layers(model):
+        try:
+            layout.parts(layer.out_features, layer.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def quantize_checkpoint(
@@ -160,7 +176,7 @@ def quantize_checkpoint(
         bits: 3 or 4.
         group_size: -1, or a divisor of every K; None chooses (:func:`choose_group_size`).
         symmetric: no zero points.
-        layout: a key of :data:`~kernelgraft_transformers.outputs.FORMATS`; None takes AutoAWQ's where it can.
+        layout: how layers are written, see :func:`~kernelgraft_transformers.outputs.choose_layout`.
         settings: of the recipe, in place of its own.
         batches: keyword arguments of the model, in place of samples of the text: images, say.
         device: what computes.
@@ -180,9 +196,11 @@ def quantize_checkpoint(
         raise ValueError(f"{out} is the model to be quantized; write to another directory")
     check_replaceable(out, overwrite=overwrite)
     calibration = calibration or Calibration()
-    size = choose_group_size(empty_model(source.directory)) if group_size is None else group_size
+    empty = empty_model(source.directory)
+    size = choose_group_size(empty) if group_size is None else group_size
     scheme = Scheme(bits, size, symmetric)
-    output = choose_format(layout, scheme)
+    layout_name, written = choose_layout(layout, scheme)
+    _check_fit(empty, written)
     tokens = encode(source.tokenizer, text)
     digest = _digest(text, batches or ())
     if batches is None:
@@ -193,7 +211,7 @@ def quantize_checkpoint(
         "recipe": recipe,
         "kernelgraft": __version__,
         "source": source.name,
-        "layout": output.name,
+        "layout": layout_name,
         "bits": bits,
         "group_size": size,
         "symmetric": symmetric,
@@ -202,7 +220,7 @@ def quantize_checkpoint(
     }
     job = described | {"files": _fingerprint(source.directory), "ranks": world_size(), "dtype": str(source.dtype)}
     started = time.perf_counter()
-    run = _Run(source, scheme, RECIPES[recipe].method(config), output, torch.device(device))
+    run = _Run(source, scheme, RECIPES[recipe].method(config), written, torch.device(device))
     try:
         workspace = Workspace(workspace_of(out), job, on_disk=offload)
         run.blocks(workspace, batches[rank() :: world_size()], on_block)
@@ -220,7 +238,7 @@ def quantize_checkpoint(
         if rank() == 0:
             with replaced_directory(out, overwrite=overwrite) as directory:
                 files = [workspace.block_file(index) for index in range(run.model.count)]
-                write_checkpoint(directory, run.model, files, source, scheme, output, run.unquantized, record)
+                write_checkpoint(directory, run.model, files, source, written, run.unquantized, record)
     except (ValueError, UnsupportedModelError):
         # What the user has to change makes it another job; disk full, Ctrl-C and the like keep what was done.
         shutil.rmtree(workspace_of(out), ignore_errors=True)
@@ -235,9 +253,9 @@ class _Run:
     """One quantization: the streamed model and what is made of its blocks."""
 
     def __init__(
-        self, source: SourceModel, scheme: Scheme, method: Method, output: Output, device: torch.device
+        self, source: SourceModel, scheme: Scheme, method: Method, layout: Layout, device: torch.device
     ) -> None:
-        self._source, self._scheme, self._method, self._output = source, scheme, method, output
+        self._source, self._method, self._layout = source, method, layout
         self.model = StreamedModel(source.directory, device=device, group_size=scheme.group_size)
         self.unquantized = self.model.unquantized_modules()
 
@@ -284,7 +302,7 @@ class _Run:
         """
         tensors: dict[str, Tensor] = {}
         for name, weight in outcome.weights.items():
-            packed = self._output.write(weight, self._scheme)
+            packed = self._layout.write(weight)
             tensors |= {f"{self.model.stored_name(name)}.{part}": t.cpu() for part, t in packed.items()}
         quantized = {f"{name}.weight" for name in outcome.weights}
         for name, tensor in block.state_dict().items():

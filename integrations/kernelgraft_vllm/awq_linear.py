@@ -6,7 +6,6 @@ AutoAWQ's layout until every shard is in place. Only then is the layer repacked.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -23,6 +22,8 @@ from vllm.model_executor.parameter import (
 
 from kernelgraft_core.quant.formats.autoawq import unpack_gemm
 from kernelgraft_core.quant.w4a16 import w4a16_linear
+
+from .loaders import checked, on_each
 
 _PER_WORD = 8
 _STORED = ("qweight", "qzeros", "scales")
@@ -72,11 +73,11 @@ class KernelgraftAWQLinearMethod(LinearMethodBase):
         groups, rest = (1, k % _PER_WORD) if shared else divmod(k, self.group_size)
         if rest:
             whole = f"{_PER_WORD} weights" if shared else f"a group of {self.group_size}"
-            raise ValueError(f"{self.prefix}: K = {k}{_shard(input_size // k)} is not a multiple of {whole}")
+            raise ValueError(f"{self.prefix}: K = {k}{on_each(input_size // k)} is not a multiple of {whole}")
         odd = [width for width in output_partition_sizes if width % _PER_WORD]
         if odd:
             raise ValueError(
-                f"{self.prefix}: N = {odd[0]}{_shard(output_size // n)} is not a multiple of the {_PER_WORD} columns "
+                f"{self.prefix}: N = {odd[0]}{on_each(output_size // n)} is not a multiple of the {_PER_WORD} columns "
                 "in a word"
             )
 
@@ -125,22 +126,14 @@ class KernelgraftAWQLinearMethod(LinearMethodBase):
         return w4a16_linear(x, layer.qweight, layer.scales, layer.zeros, bias)
 
     def _checked(self, loader: Callable[..., Any], name: str, rows: int) -> Callable[..., Any]:
-        """``loader`` after a look at the tensor: vLLM stops at an assertion without words, or slices what misfits."""
-        integers = name != "scales"
+        def fits(tensor: Tensor) -> bool:
+            right_kind = tensor.is_floating_point() if name == "scales" else tensor.dtype == torch.int32
+            return right_kind and tensor.dim() == 2 and tensor.shape[0] == rows
 
-        @functools.wraps(loader)
-        def load(parameter: Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-            right_kind = loaded_weight.dtype == torch.int32 if integers else loaded_weight.is_floating_point()
-            if not right_kind or loaded_weight.dim() != 2 or loaded_weight.shape[0] != rows:
-                raise ValueError(
-                    f"{self.prefix}.{name} in the checkpoint is {loaded_weight.dtype} {tuple(loaded_weight.shape)}, "
-                    f"expected {'torch.int32' if integers else 'torch.float16'} with {rows} rows in AutoAWQ's GEMM "
-                    f"layout with group size {self.group_size}"
-                )
-            return loader(parameter, loaded_weight, *args, **kwargs)
-
-        return load
-
-
-def _shard(ranks: int) -> str:
-    return f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
+        return checked(
+            loader,
+            f"{self.prefix}.{name}",
+            fits,
+            f"{'torch.float16' if name == 'scales' else 'torch.int32'} with {rows} rows in AutoAWQ's GEMM layout with "
+            f"group size {self.group_size}",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,10 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
+from kernelgraft_core.quant.w3a16 import w3a16_linear
 from kernelgraft_core.quant.w4a16 import w4a16_linear
+
+from .loaders import checked, on_each
 
 _PER_WORD = {4: {"qweight": 8}, 3: {"qweight": 16, "qhigh": 32}}
 
@@ -56,9 +58,7 @@ class KernelgraftNativeLinearMethod(LinearMethodBase):
         shared = self.group_size in (-1, input_size)
         multiple = max(_PER_WORD[self.bits].values()) if shared else self.group_size
         if k % multiple:
-            ranks = input_size // k
-            shard = f" on each of {ranks} tensor-parallel ranks" if ranks > 1 else ""
-            raise ValueError(f"{self.prefix}: K = {k}{shard} is not a multiple of {multiple}")
+            raise ValueError(f"{self.prefix}: K = {k}{on_each(input_size // k)} is not a multiple of {multiple}")
 
         loader = extra_weight_attrs["weight_loader"]
         for name, per_word in _PER_WORD[self.bits].items():
@@ -106,21 +106,12 @@ class KernelgraftNativeLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.bits == 4:
             return w4a16_linear(x, layer.qweight, layer.scales, layer.zeros, bias)
-        from kernelgraft_core.quant.w3a16 import w3a16_linear
-
         return w3a16_linear(x, layer.qweight, layer.qhigh, layer.scales, layer.zeros, bias)
 
     def _checked(self, loader: Callable[..., Any], name: str, dtype: torch.dtype, columns: int) -> Callable[..., Any]:
-        """``loader`` after a look at the tensor: vLLM stops at an assertion without words, or slices what misfits."""
-
-        @functools.wraps(loader)
-        def load(parameter: Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-            shape = tuple(loaded_weight.shape)
-            if loaded_weight.dtype != dtype or len(shape) != 2 or shape[1] != columns:
-                raise ValueError(
-                    f"{self.prefix}.{name} in the checkpoint is {loaded_weight.dtype} {shape}, expected {dtype} with "
-                    f"{columns} columns for {self.bits} bits and group size {self.group_size}"
-                )
-            return loader(parameter, loaded_weight, *args, **kwargs)
-
-        return load
+        return checked(
+            loader,
+            f"{self.prefix}.{name}",
+            lambda tensor: tensor.dtype == dtype and tensor.dim() == 2 and tensor.shape[1] == columns,
+            f"{dtype} with {columns} columns for {self.bits} bits and group size {self.group_size}",
+        )

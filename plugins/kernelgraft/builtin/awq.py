@@ -13,7 +13,7 @@ from kernelgraft.patches import PatchSet
 def kernelgraft_info() -> PluginInfo:
     return PluginInfo(
         name="awq",
-        summary="4-bit AWQ checkpoints on kernelgraft's W4A16 kernels",
+        summary="AWQ checkpoints in 4 and 3 bits on kernelgraft's kernels",
         paper="arXiv 2306.00978",
         hosts=(
             HostRequirement("transformers", ("transformers",), ">=5.17,<5.24"),
@@ -41,4 +41,5 @@ def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
 def kernelgraft_doctor() -> Iterator[Check]:
     from kernelgraft.families import compare_with_reference
 
-    yield from compare_with_reference("kernelgraft_core.quant.w4a16")
+    for family in ("kernelgraft_core.quant.w4a16", "kernelgraft_core.quant.w3a16"):
+        yield from compare_with_reference(family)

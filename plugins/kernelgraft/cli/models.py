@@ -23,7 +23,10 @@ def quantize(
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points.")] = False,
     layout: Annotated[
         str | None,
-        typer.Option("--format", help="awq (AutoAWQ GEMM) or kernelgraft. Default: awq, and kernelgraft for 3 bits."),
+        typer.Option(
+            "--format",
+            help="awq (AutoAWQ GEMM), compressed-tensors or kernelgraft. Default: awq, and kernelgraft for 3 bits.",
+        ),
     ] = None,
     text: Annotated[
         Path | None,

@@ -56,9 +56,9 @@ class TransformersEngine:
         return tokens
 
     def modules(self) -> dict[str, Any]:
-        from kernelgraft_core.quant.w4a16.linear import AwqLinear
+        from kernelgraft_core.quant.packed_linear import PackedLinear
 
-        ours = sum(isinstance(module, AwqLinear) for module in self._model.modules())
+        ours = sum(isinstance(module, PackedLinear) for module in self._model.modules())
         return {"weight_bytes": _weight_bytes(self._model), "grafted_layers": ours}
 
 
