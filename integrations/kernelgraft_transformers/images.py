@@ -22,7 +22,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 def draw_image_samples(
     source: SourceModel, folder: Path, text: str, calibration: Calibration
 ) -> list[Mapping[str, Tensor]]:
-    """Batches of one conversation each: a picture of the folder, then a passage of the text that fills the sample.
+    """Batches of one sample each: a picture of the folder, then a passage of the text that fills the sample; a user's
+    message where the processor has a chat template.
 
     Pictures are taken in turns, in the order of their names. Samples vary in length with the picture's own tokens; at
     least a quarter of ``calibration.length`` is text.
@@ -62,14 +63,20 @@ def load_processor(source: SourceModel) -> Any:
 
 def _sample(processor: Any, picture: Any, passage: Tensor, length: int) -> Mapping[str, Tensor]:
     def build(words: Tensor) -> Mapping[str, Tensor]:
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": processor.tokenizer.decode(words)}]
-        made: Mapping[str, Tensor] = processor.apply_chat_template(
+        text = processor.tokenizer.decode(words)
+        if not processor.chat_template:
+            made: Mapping[str, Tensor] = processor(
+                images=[picture], text=[f"{processor.image_token} {text}"], return_tensors="pt"
+            )
+            return made
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        made = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
         )
         return made
 
     # How many tokens the picture takes is known only when the processor has seen it.
-    around = build(passage[:1])["input_ids"].shape[1]
+    around = build(passage[:1])["input_ids"].shape[1] - 1
     batch = build(passage[: max(length // 4, length - around)])
     return {name: tensor for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
 

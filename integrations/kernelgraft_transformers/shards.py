@@ -43,8 +43,10 @@ class ShardReader:
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
                         piece = handle.get_slice(name)
+                        if (kind := piece.get_dtype()) not in DTYPES:
+                            raise CheckpointError(f"{file}: {name} has dtype {kind}; known are {', '.join(DTYPES)}")
                         self._files[name] = file
-                        self._described[name] = DTYPES[piece.get_dtype()], tuple(piece.get_shape())
+                        self._described[name] = DTYPES[kind], tuple(piece.get_shape())
             except SafetensorError as error:
                 raise CheckpointError(f"{file.parent} holds a file that is not whole: {file.name}: {error}") from None
 

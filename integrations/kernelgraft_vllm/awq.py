@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from . import AWQ_METHOD
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
     from vllm.model_executor.layers.linear import LinearMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
 
@@ -114,30 +115,64 @@ class KernelgraftAWQConfig(QuantizationConfig):
         """How ``layer`` is computed; None where it is computed as if the model were not quantized.
 
         Raises:
-            NotImplementedError: ``layer`` holds the quantized experts of a mixture.
+            ValueError: only a part of what ``layer`` fuses is quantized.
+            NotImplementedError: ``layer`` holds quantized experts that are not run here; the message says why.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
-        if not isinstance(layer, LinearBase | RoutedExperts):
-            return None  # embeddings, the output head and attention
-        skipped = is_layer_skipped(
-            prefix, self.modules_to_not_convert, self.packed_modules_mapping, match_mode="substring"
-        )
         if isinstance(layer, RoutedExperts):
-            if skipped:
-                return None
-            raise NotImplementedError(
-                f"{prefix}: MoE layers are not supported yet by {AWQ_METHOD}; serve with --quantization awq"
+            return None if self.leaves_experts(prefix) else self.experts_method(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return None  # embeddings, the output head and attention
+        return UnquantizedLinearMethod() if self.leaves(prefix) else self.linear_method(prefix)
+
+    def leaves(self, prefix: str) -> bool:
+        """Whether the checkpoint keeps a layer in floating point: whole parts of its name are compared, as "gate" is
+        the router of a mixture and "gate_proj" is not.
+
+        Raises:
+            ValueError: that is so for some of the layers that this one fuses.
+        """
+        parent, _, last = prefix.rpartition(".")
+        fused = self.packed_modules_mapping.get(last, [last])
+        found = {name: self._listed(f"{parent}.{name}") for name in fused}
+        if self._listed(prefix) or all(found.values()):
+            return True
+        if any(found.values()):
+            kept = [name for name, listed in found.items() if listed]
+            raise ValueError(
+                f"{prefix}: the checkpoint keeps {', '.join(kept)} in floating point, but not all of {fused}"
             )
-        return UnquantizedLinearMethod() if skipped else self.linear_method(prefix)
+        return False
+
+    def leaves_experts(self, prefix: str) -> bool:
+        """Whether the checkpoint keeps the experts at ``prefix`` in floating point: it may list them one by one."""
+        return self._listed(prefix) or any(f".{prefix}." in f".{name}" for name in self.modules_to_not_convert)
+
+    def _listed(self, name: str) -> bool:
+        return any(f".{pattern}." in f".{name}." for pattern in self.modules_to_not_convert)
 
     def linear_method(self, prefix: str) -> LinearMethodBase:
         """How a linear layer that the checkpoint holds quantized is loaded and computed."""
         from .awq_linear import KernelgraftAWQLinearMethod
 
         return KernelgraftAWQLinearMethod(self.group_size, prefix)
+
+    def experts_method(self, layer: torch.nn.Module, prefix: str) -> FusedMoEMethodBase:
+        """How experts that the checkpoint holds quantized are loaded and computed.
+
+        Raises:
+            NotImplementedError: they are not run here; the message says why, and what runs them.
+        """
+        from kernelgraft_core.quant.formats.autoawq import Gemm
+
+        from .experts import KernelgraftExpertsMethod
+
+        try:
+            return KernelgraftExpertsMethod(layer, Gemm(4, self.group_size), k_first=True, prefix=prefix)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{error}; serve with --quantization awq") from None
 
 
 def _first(config: Mapping[str, Any], *keys: str, default: Any = _MISSING) -> Any:

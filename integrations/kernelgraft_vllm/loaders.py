@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-def checked(
-    loader: Callable[..., Any], name: str, fits: Callable[[Tensor], bool], expected: str
-) -> Callable[..., Any]:
+def checked(loader: Callable[..., Any], name: str, fits: Callable[[Tensor], bool], expected: str) -> Callable[..., Any]:
     """``loader`` for tensors that fit.
 
     Args:

@@ -9,6 +9,8 @@ from . import AWQ_METHOD
 from .awq import KernelgraftAWQConfig
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
     from vllm.model_executor.layers.linear import LinearMethodBase
 
 _GROUP_SIZES = (32, 64, 128, -1)
@@ -57,3 +59,11 @@ class KernelgraftNativeConfig(KernelgraftAWQConfig):
         from .native_linear import KernelgraftNativeLinearMethod
 
         return KernelgraftNativeLinearMethod(self.bits, self.group_size, self.symmetric, prefix)
+
+    def experts_method(self, layer: Module, prefix: str) -> FusedMoEMethodBase:
+        from kernelgraft_core.quant.formats.native import Native
+
+        from .experts import KernelgraftExpertsMethod
+
+        layout = Native(self.bits, self.group_size, self.symmetric)
+        return KernelgraftExpertsMethod(layer, layout, k_first=False, prefix=prefix)

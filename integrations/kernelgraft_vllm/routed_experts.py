@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kernelgraft_core.quant.w3a16 import W3A16Weight
 from kernelgraft_core.quant.w4a16 import W4A16Weight
-from kernelgraft_core.quant.weights import linear
+from kernelgraft_core.quant.weights import QuantizedWeight, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -74,6 +74,6 @@ def _(
     return x.new_empty(x.shape)
 
 
-def _weight(stacked: Sequence[Tensor], expert: int) -> W4A16Weight | W3A16Weight:
+def _weight(stacked: Sequence[Tensor], expert: int) -> QuantizedWeight:
     tensors = [tensor[expert] for tensor in stacked]
     return W4A16Weight(*tensors) if len(tensors) == 3 else W3A16Weight(*tensors)

@@ -269,11 +269,15 @@ REFUSED = [
     pytest.param({"text": "w1 w2 w3"}, "the text has 3 tokens; one calibration sample is 16", id="short"),
     pytest.param({"calibration": Calibration(0, 16)}, "0 samples of 16 tokens", id="no-samples"),
     pytest.param({"recipe": "magic"}, "no recipe 'magic'; there are awq, gptq, rtn", id="recipe"),
-    pytest.param({"group_size": 48}, r"layers\.0\.self_attn\.q_proj: K = 64 is no multiple of group size 48", id="group"),
+    pytest.param(
+        {"group_size": 48}, r"layers\.0\.self_attn\.q_proj: K = 64 is no multiple of group size 48", id="group"
+    ),
     pytest.param({"group_size": 128}, "K = 64 is no multiple of group size 128", id="large-group"),
     pytest.param({"group_size": 0}, "group size 0 is neither positive nor -1", id="no-group"),
     pytest.param({"bits": 5}, "5 bits per weight; 3 and 4 are supported", id="bits"),
-    pytest.param({"layout": "marlin"}, "no format 'marlin'; there are awq, compressed-tensors, kernelgraft", id="layout"),
+    pytest.param(
+        {"layout": "marlin"}, "no format 'marlin'; there are awq, compressed-tensors, kernelgraft", id="layout"
+    ),
     pytest.param({"layout": "awq", "bits": 3}, "'awq' does not fit: bits = 3, but AutoAWQ GEMM has 4", id="awq-3"),
     pytest.param({"batches": []}, "rank 0 of 1 has no calibration samples", id="no-batches"),
 ]
