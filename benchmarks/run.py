@@ -76,12 +76,17 @@ def run_case(case: Case, shape: Shape, rounds: int) -> list[dict[str, Any]]:
 
 
 def write(results: list[dict[str, Any]], env: dict[str, Any], out: Path) -> None:
-    """Write a result file in one step."""
+    """Write a result file."""
+    write_json({"schema": SCHEMA, "env": env, "results": results}, out)
+
+
+def write_json(document: dict[str, Any], out: Path) -> None:
+    """Write a file in one step."""
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"schema": SCHEMA, "env": env, "results": results}, file, indent=1)
+            json.dump(document, file, indent=1)
             file.write("\n")
         os.replace(temporary, out)
     except BaseException:

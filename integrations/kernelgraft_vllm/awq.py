@@ -27,7 +27,7 @@ class KernelgraftAWQConfig(QuantizationConfig):
 
     Args:
         group_size: weights along K that share a scale, a multiple of 8, or -1 for one group per column.
-        modules_to_not_convert: parts of the names of layers that the checkpoint keeps in floating point.
+        modules_to_not_convert: names of layers that the checkpoint keeps in floating point, or parts of their paths.
     """
 
     def __init__(self, group_size: int, modules_to_not_convert: Sequence[str] = ()) -> None:
@@ -97,16 +97,15 @@ class KernelgraftAWQConfig(QuantizationConfig):
         return AWQ_METHOD if is_awq and user_quant == AWQ_METHOD else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Find the layers left in floating point from the tensor names when ``config.json`` does not list them."""
-        if self.modules_to_not_convert:
-            return
+        """Add the layers whose weights in the file are not packed: ``config.json`` lists some, all or none of them."""
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
         kinds: dict[str, set[str]] = {}
         for name in get_safetensors_params_metadata(model_name, revision=revision):
             module, _, kind = name.rpartition(".")
             kinds.setdefault(kind, set()).add(module)
-        self.modules_to_not_convert = sorted(kinds.get("weight", set()) - kinds.get("qweight", set()))
+        found = kinds.get("weight", set()) - kinds.get("qweight", set())
+        self.modules_to_not_convert += sorted(found - set(self.modules_to_not_convert))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.modules_to_not_convert = hf_to_vllm_mapper.apply_list(self.modules_to_not_convert)
@@ -128,8 +127,9 @@ class KernelgraftAWQConfig(QuantizationConfig):
         return UnquantizedLinearMethod() if self.leaves(prefix) else self.linear_method(prefix)
 
     def leaves(self, prefix: str) -> bool:
-        """Whether the checkpoint keeps a layer in floating point: whole parts of its name are compared, as "gate" is
-        the router of a mixture and "gate_proj" is not.
+        """Whether the checkpoint keeps a layer in floating point.
+
+        Whole parts of names are compared: "gate" is the router of a mixture and not "gate_proj".
 
         Raises:
             ValueError: that is so for some of the layers that this one fuses.
@@ -140,10 +140,8 @@ class KernelgraftAWQConfig(QuantizationConfig):
         if self._listed(prefix) or all(found.values()):
             return True
         if any(found.values()):
-            kept = [name for name, listed in found.items() if listed]
-            raise ValueError(
-                f"{prefix}: the checkpoint keeps {', '.join(kept)} in floating point, but not all of {fused}"
-            )
+            kept = ", ".join(name for name, listed in found.items() if listed)
+            raise ValueError(f"{prefix}: the checkpoint keeps {kept} in floating point, but not all of {fused}")
         return False
 
     def leaves_experts(self, prefix: str) -> bool:

@@ -174,12 +174,10 @@ def _why_not(layer: Any, moe: FusedMoEConfig) -> str | None:
         return f"activation {moe.activation.value!r} of experts is not supported, only {', '.join(ACTIVATIONS)}"
     if moe.is_lora_enabled:
         return "LoRA on a model with quantized experts is not supported"
+    swiglu = (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta)
     for what, present in (
-        ("bias", moe.has_bias),
-        (
-            "a limit, alpha or beta in the activation",
-            (moe.swiglu_limit, moe.swiglu_alpha, moe.swiglu_beta) != (None,) * 3,
-        ),
+        ("a bias", moe.has_bias),
+        ("a limit, alpha or beta in the activation", any(value is not None for value in swiglu)),
         ("a routing weight on the input", layer.apply_router_weight_on_input),
     ):
         if present:

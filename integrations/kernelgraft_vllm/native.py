@@ -23,7 +23,7 @@ class KernelgraftNativeConfig(KernelgraftAWQConfig):
         bits: 3 or 4.
         group_size: weights along K that share a scale, or -1 for one group per row.
         symmetric: whether the zero point is ``2**(bits - 1)`` everywhere and not stored.
-        modules_to_not_convert: parts of the names of layers that the checkpoint keeps in floating point.
+        modules_to_not_convert: names of layers that the checkpoint keeps in floating point, or parts of their paths.
     """
 
     def __init__(self, bits: int, group_size: int, symmetric: bool, modules_to_not_convert: Sequence[str] = ()) -> None:

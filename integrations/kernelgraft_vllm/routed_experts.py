@@ -1,4 +1,4 @@
-"""The experts of one layer as one op: the routing decides at run time which are computed, so compilers must not look."""
+"""The experts of one layer as one op, opaque to compilers: which are computed depends on the values."""
 
 from __future__ import annotations
 

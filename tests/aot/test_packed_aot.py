@@ -206,7 +206,7 @@ def test_small_groups_groups_that_straddle_tiles_and_odd_shapes_do_not_spill_eit
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "arch", "config"), [c for c in SELECTABLE if c.values[2].kernel == "gemm"])
 def test_splitting_k_does_not_spill_either(bits, arch, config):
-    check_sound(arch, config, compiled(arch, replace(config, splits=4)))
+    check_sound(arch, config, compiled(bits, arch, replace(config, splits=4)))
 
 
 @BITS

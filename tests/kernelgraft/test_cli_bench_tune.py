@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernelgraft.cli import main
-from kernelgraft_core.quant.w4a16 import W4A16Weight, cpu, reference
+from kernelgraft_core.quant.packed import cpu
+from kernelgraft_core.quant.w4a16 import W4A16Weight, reference
 from kernelgraft_core.quant.w4a16.examples import example_args
 from kernelgraft_core.runtime import plans
 from kernelgraft_core.runtime.op import Implementation, registered_ops
@@ -41,7 +42,7 @@ def remember(store, path, *, tokens=16, n=64):
     """A plan as ``kernelgraft tune`` leaves it."""
     shape = cpu.plan_shape(tokens, n, 256, 64, torch.bfloat16)
     with store.tuning():
-        store.tune(cpu.OP, cpu.VERSION, cpu._arch(), shape, {path: ({"path": path}, lambda: None)}, lambda run: 1.0)
+        store.tune(*cpu.plan_op(4), cpu._arch(), shape, {path: ({"path": path}, lambda: None)}, lambda run: 1.0)
 
 
 def test_bench_times_every_backend_beside_the_peer(capsys):

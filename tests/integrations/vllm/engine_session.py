@@ -1,10 +1,12 @@
-"""Run by test_engine.py in a process of its own: start vLLM once, look at everything, write what was seen as JSON.
+"""vLLM engines, one after the other in this process, and what each was seen to do, as JSON.
 
-``python engine_session.py AWQ_CHECKPOINT DEQUANTIZED_CHECKPOINT RESULT``
+``python engine_session.py RUNS RESULTS``. RUNS is a list of ``{"engine": arguments of LLM, "requests": [{"prompts":
+lists of tokens, "adapter": directory or null}]}``; the tests run it as a process of its own.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -14,50 +16,67 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PROMPTS = [[3, 5, 7, 11], [200, 13, 13, 90, 41, 2, 77]]
 NEW_TOKENS = 8
 
 
-class _CountLinears(TorchDispatchMode):
-    """Counts the calls of our op by shape of the weight, ``KxN``, below everything vLLM does."""
+class _CountOps(TorchDispatchMode):
+    """Counts the calls of our ops by name and shape of the packed weight, below everything vLLM does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.kernelgraft.w4a16_linear.default:
-            words = args[1]
-            self.calls[f"{words.shape[1] * 8}x{words.shape[0]}"] += 1
+        if func.namespace == "kernelgraft":
+            weight = args[3][0] if "experts" in str(func) else args[1]
+            self.calls[f"{func.overloadpacket.__name__} {'x'.join(map(str, weight.shape))}"] += 1
         return func(*args, **(kwargs or {}))
 
 
-def main(checkpoint: str, dequantized: str, result: str) -> None:
+def _run(engine: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
 
-    seen: dict[str, Any] = {}
-    seen["method_unless_named"] = EngineArgs(model=checkpoint, enforce_eager=True).create_model_config().quantization
-
-    llm = LLM(
-        model=checkpoint,
-        quantization="kernelgraft_awq",
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=4,
-    )
-    seen["method_when_named"] = llm.llm_engine.model_config.quantization
-    seen["methods"] = llm.apply_model(_methods)[0]
-
+    unnamed = EngineArgs(model=engine["model"], enforce_eager=True).create_model_config().quantization
+    small = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
+    llm = LLM(**small | engine)
+    seen: dict[str, Any] = {
+        "method_unless_named": unnamed,
+        "method": llm.llm_engine.model_config.quantization,
+        "layers": llm.apply_model(_methods)[0],
+        "requests": [],
+    }
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=5, ignore_eos=True)
-    with _CountLinears() as counted:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy)
-    seen["calls"] = dict(counted.calls)
-    seen["text"] = outputs[0].outputs[0].text
-    seen["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
-    seen |= _compare(dequantized, [output.outputs[0] for output in outputs])
-    Path(result).write_text(json.dumps(seen))
+    for number, request in enumerate(requests, 1):
+        adapter = request.get("adapter")
+        prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+        lora = LoRARequest(f"adapter-{number}", number, adapter) if adapter else None
+        with _CountOps() as counted:
+            outputs = llm.generate(prompts, greedy, lora_request=lora, use_tqdm=False)
+        completions = [output.outputs[0] for output in outputs]
+        seen["requests"].append(
+            {
+                "tokens": [list(completion.token_ids) for completion in completions],
+                "text": [completion.text for completion in completions],
+                "logprobs": [
+                    [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
+                    for completion in completions
+                ],
+                "cached": [output.num_cached_tokens for output in outputs],
+                "calls": dict(counted.calls),
+            }
+        )
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    # vLLM looks for its Triton kernels in every loaded module, which fails at llvmlite's, loaded by our first product.
+    # The first engine has replaced them for this process.
+    type(current_platform).register_triton_kernel_overrides = staticmethod(lambda: None)
+    return seen
 
 
 def _methods(model: torch.nn.Module) -> dict[str, str]:
@@ -68,23 +87,9 @@ def _methods(model: torch.nn.Module) -> dict[str, str]:
     }
 
 
-def _compare(dequantized: str, completions: list[Any]) -> dict[str, Any]:
-    """Log-probabilities against the same weights as a float32 model of Transformers, token by token."""
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(dequantized, dtype=torch.float32)
-    worst, greedy, margins = 0.0, [], []
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
-        tokens = list(completion.token_ids)
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1)
-        for row, found in zip(expected, completion.logprobs, strict=True):
-            worst = max(worst, *(abs(row[token].item() - entry.logprob) for token, entry in found.items()))
-        best = expected.topk(2).values
-        margins.append((best[:, 0] - best[:, 1]).min().item())
-        greedy.append(expected.argmax(-1).tolist())
-    return {"worst_logprob_error": worst, "greedy_of_reference": greedy, "smallest_margin": min(margins)}
+def main(runs: str, results: str) -> None:
+    seen = [_run(**run) for run in json.loads(Path(runs).read_text())]
+    Path(results).write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -110,18 +110,29 @@ def test_a_fused_layer_that_is_quantized_in_part_is_refused():
 
 def test_layers_that_the_config_does_not_list_are_found_in_the_weights(tiny_llama):
     config = KernelgraftAWQConfig(64)
-    config.maybe_update_config(str(tiny_llama.awq))
+    config.maybe_update_config(str(tiny_llama.quantized))
     assert "lm_head" in config.modules_to_not_convert
     assert "model.layers.1.input_layernorm" in config.modules_to_not_convert
     assert not any("proj" in name for name in config.modules_to_not_convert)
 
-    listed = KernelgraftAWQConfig(64, ["lm_head"])
-    listed.maybe_update_config(str(tiny_llama.awq))
-    assert listed.modules_to_not_convert == ["lm_head"]
+    listed = KernelgraftAWQConfig(64, ["visual", "lm_head"])
+    listed.maybe_update_config(str(tiny_llama.quantized))
+    assert listed.modules_to_not_convert[:2] == ["visual", "lm_head"]
+    assert sorted(listed.modules_to_not_convert) == sorted([*config.modules_to_not_convert, "visual"])
 
 
-def test_experts_are_refused_by_name_unless_they_are_not_quantized():
+def test_a_router_called_gate_does_not_take_the_gate_projections_with_it():
+    config = KernelgraftAWQConfig(64, ["gate"])
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    router, projections = (
+        config.get_quant_method(layer_of(LinearBase), f"model.layers.0.mlp.{name}")
+        for name in ("gate", "shared_expert.gate_up_proj")
+    )
+    assert isinstance(router, UnquantizedLinearMethod)
+    assert not isinstance(projections, UnquantizedLinearMethod)
+
+
+@pytest.mark.parametrize("listed", ["experts", "model.layers.0.mlp.experts.3.up_proj"])
+def test_experts_in_floating_point_are_left_to_vllm(listed):
     experts = layer_of(RoutedExperts)
-    with pytest.raises(NotImplementedError, match=r"layers\.0\.mlp\.experts: .*serve with --quantization awq"):
-        KernelgraftAWQConfig(128).get_quant_method(experts, "model.layers.0.mlp.experts")
-    assert KernelgraftAWQConfig(128, ["experts"]).get_quant_method(experts, "model.layers.0.mlp.experts") is None
+    assert KernelgraftAWQConfig(128, [listed]).get_quant_method(experts, "model.layers.0.mlp.experts") is None

@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 
 from kernelgraft_vllm.awq import KernelgraftAWQConfig
@@ -19,19 +18,6 @@ RANKS = [pytest.param(1, id="tp1"), pytest.param(2, id="tp2")]
 GROUPS = [pytest.param(32, id="g32"), pytest.param(128, id="g128"), pytest.param(-1, id="one-group-per-column")]
 
 
-@pytest.fixture
-def be_rank(monkeypatch):
-    """Build and load as rank ``rank`` of ``size``: only the loaders look at these, and nothing is communicated."""
-
-    def pretend(rank: int, size: int) -> None:
-        for module in (linear, parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
-
-    pretend(0, 1)
-    return pretend
-
-
 def options(group: int, dtype: torch.dtype = torch.float32) -> dict[str, object]:
     return {"params_dtype": dtype, "quant_config": KernelgraftAWQConfig(group), "prefix": "model.layers.7.some_proj"}
 
@@ -39,7 +25,7 @@ def options(group: int, dtype: torch.dtype = torch.float32) -> dict[str, object]
 def load(layer, stored, *shard) -> None:
     for name in ("qweight", "qzeros", "scales"):
         target = getattr(layer, name)
-        target.weight_loader(target, getattr(stored, name), *shard)
+        target.weight_loader(target, stored.tensors[name], *shard)
 
 
 def product(layer, x, bias=None):
@@ -144,7 +130,7 @@ def test_every_activation_dtype_uses_float16_scales_as_stored(be_rank, awq_layer
     load(layer, stored)
     out = product(layer, x, bias)
     assert out.dtype == dtype
-    assert torch.equal(layer.scales, stored.scales.T)
+    assert torch.equal(layer.scales, stored.tensors["scales"].T)
     assert_product(out, x, stored.weight, bias.double())
 
 
@@ -221,7 +207,7 @@ def test_floats_in_the_place_of_packed_integers_are_refused(be_rank):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_scales_that_are_not_finite_are_refused_by_layer(be_rank, awq_layer, value):
     stored = awq_layer(K, 32, 64)
-    stored.scales[1, 3] = value
+    stored.tensors["scales"][1, 3] = value
     layer = linear.ColumnParallelLinear(K, 32, bias=False, **options(64))
     load(layer, stored)
     with pytest.raises(ValueError, match=r"7\.some_proj: scales in the checkpoint are not all finite"):

@@ -49,7 +49,7 @@ def server(request, tiny_llama, vllm_environment, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_llama.awq)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_llama.quantized)]
     command += ["--quantization", "kernelgraft_awq", "--enforce-eager", "--dtype", "float32", "--max-model-len", "256"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
     command += ["--tensor-parallel-size", str(len(cores))]

@@ -158,3 +158,37 @@ def test_the_team_is_torchs_own(torch_threads):
         run(1000)
     assert threads.mechanism() == "openmp"
     assert len(os.listdir("/proc/self/task")) == before
+
+
+@native.cpu_kernel()
+def write_numbers(start, stop, args):
+    first = numba.carray(native.pointer(args[2]), (args[1],), np.int64)
+    for i in range(start, stop):
+        first[i] += i + 1
+
+
+@native.cpu_kernel()
+def read_from_the_other_end(start, stop, args):
+    first = numba.carray(native.pointer(args[2]), (args[1],), np.int64)
+    second = numba.carray(native.pointer(args[3]), (args[1],), np.int64)
+    for i in range(start, stop):
+        second[i] += first[args[1] - 1 - i]
+
+
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "pool"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_phase_of_a_launch_begins_when_the_one_before_is_done(openmp, count, torch_threads, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+        monkeypatch.setattr(threads, "_openmp_team", lambda: None)
+    torch_threads(count)
+    for items in (0, 1, 5, 1000):
+        first, second = np.zeros(items, np.int64), np.zeros(items, np.int64)
+        launch = threads.Launch(
+            threads.Phase(write_numbers.address, items, 3), threads.Phase(read_from_the_other_end.address, items)
+        )
+        for _ in range(20):
+            first[:], second[:] = 0, 0
+            launch(items, first.ctypes.data, second.ctypes.data)
+            assert (first == np.arange(1, items + 1)).all()
+            assert (second == first[::-1]).all()

@@ -44,9 +44,12 @@ SLACK = 16  # floats that a tile may read beyond its scales
 
 FLOAT, BFLOAT, HALF = range(3)  # how activations, bias and result are stored
 
-# What both kernels are told: one int64 array, in this order. The first belongs to the launch.
-(TASK, TOKENS, ROWS, K, GROUPS, BLOCKS, PADDED, SLOTS, LANES, SPREAD, X, X_KIND, XQ, X_SCALE, X_SHIFT, UNEVEN, REST,
- QWEIGHT, QHIGH, SCALES, ZEROS, BIAS, BIAS_KIND, OUT, COUNT) = range(25)  # fmt: skip
+# What a launch tells the kernels: one int64 array, in this order. First the weight and where the result goes, which is
+# all that dequantize_kernel needs. At SCRATCH, quantized activations are kept; X_SCALE, X_SHIFT,
+# REST and UNEVEN are offsets into it.
+(TASK, ROWS, K, GROUPS, QWEIGHT, QHIGH, SCALES, ZEROS, OUT,
+ BIAS_KIND, BIAS, X, SCRATCH, TOKENS, BLOCKS, PADDED, STEPS, LANES, SPREAD, KIND, X_SCALE, X_SHIFT, REST, UNEVEN,
+) = range(24)  # fmt: skip
 
 # numba keeps a compiled kernel until the file that it is written in changes; these two generate parts of it.
 _GENERATORS = hashlib.sha256(
@@ -97,48 +100,46 @@ def _store_floats(address: int, kind: int, source: Any, addend: Any, count: int)
 
 
 @numba.njit
-def _quantize_row(row: Any, rounded: Any, args: Any, offset: int, slot: int, tile: int, lane: int) -> bool:
-    """Float32 ``row`` to block floating point, as token ``lane`` of the tile of ``tile`` tokens that begins at ``slot``.
+def _quantize_row(row: Any, rounded: Any, args: Any, scratch: int, slot: int, tile: int, lane: int) -> bool:
+    """Float32 ``row`` to block floating point: token ``lane`` of the tile of ``tile`` tokens that begins at ``slot``.
 
-    Returns whether it is uneven, and leaves in ``row`` what rounding dropped. ``offset`` is REST or 0.
+    Returns whether it is uneven, and leaves in ``row`` what rounding dropped.
     """
-    k, blocks, padded, slots, lanes, spread = (
-        args[K], args[BLOCKS], args[PADDED], args[SLOTS], args[LANES], args[SPREAD],
-    )  # fmt: skip
+    k, blocks, padded, steps = args[K], args[BLOCKS], args[PADDED], args[STEPS]
+    lanes, spread = args[LANES], args[SPREAD]
     block = k // blocks
     row_at, rounded_at = row.ctypes.data, rounded.ctypes.data
-    scales = numba.carray(pointer(args[X_SCALE] + offset), ((slot + tile) * slots * spread,), np.float32)
-    shifts = numba.carray(pointer(args[X_SHIFT] + offset), ((slot + tile) * padded,), np.float32)
-    scale_at, shift_at = slot * slots * spread, (slot + lane) * padded
+    scales = numba.carray(pointer(scratch + args[X_SCALE]), ((slot + tile) * steps * spread,), np.float32)
+    shifts = numba.carray(pointer(scratch + args[X_SHIFT]), ((slot + tile) * padded,), np.float32)
+    scale_at, shift_at = slot * steps * spread, (slot + lane) * padded
     as_bits = np.empty(1, np.int32)
     as_float = as_bits.view(np.float32)
     uneven = False
-    per_step = 4 * lanes // block if spread > 1 else 1
-    copies = spread // per_step
+    in_step = 4 * lanes // block if spread > 1 else 1
+    copies = spread // in_step
     for i in range(blocks):
-        values, integers = row_at + 4 * i * block, rounded_at + 2 * i * block
-        largest_bits = largest_magnitude(values, block)
-        as_bits[0] = largest_bits
+        as_bits[0] = largest_magnitude(row_at + 4 * i * block, block)
         largest, scale, total = as_float[0], np.float32(0), np.int32(0)
-        if largest_bits >= np.int32(0x7F800000) or largest <= np.float32(1e-30):
-            if largest_bits >= np.int32(0x7F800000):
+        if largest > np.float32(1e-30) and np.isfinite(largest):
+            scale = largest / np.float32(LARGEST)
+            total, sizes = round_run(
+                row_at + 4 * i * block, rounded_at + 2 * i * block, block, scale, np.float32(LARGEST) / largest
+            )
+            if (sizes - LARGEST) * EVEN < LARGEST * (block - 1):
+                uneven = True
+        else:
+            if not np.isfinite(largest):
                 scale = np.float32(np.nan)
             for j in range(i * block, (i + 1) * block):
                 rounded[j] = np.int16(0)
                 row[j] = np.float32(0)
-        else:
-            scale = largest / np.float32(LARGEST)
-            total, sizes = round_run(values, integers, block, scale, np.float32(LARGEST) / largest)
-            if (sizes - LARGEST) * EVEN < LARGEST * (block - 1):
-                uneven = True
-        at = scale_at + (i // per_step * tile + lane) * spread + i % per_step * copies
+        at = scale_at + (i // in_step * tile + lane) * spread + i % in_step * copies
         for c in range(copies):
             scales[at + c] = scale
         shifts[shift_at + i] = -scale * np.float32(total)
     for i in range(blocks, padded):
         shifts[shift_at + i] = np.float32(0)
-    vector = 8 * lanes  # bytes
-    target = args[XQ] + offset + slot * k * 2
+    vector, target = 8 * lanes, scratch + 2 * slot * k  # bytes, address
     whole = 2 * k // vector
     for v in range(whole):
         at = target + (v * tile + lane) * vector
@@ -179,22 +180,22 @@ def quantize_kernel() -> Any:
         """Tokens ``start`` to ``stop`` of ``X (TOKENS, K)`` to block floating point, as ``multiply_panel`` takes them.
 
         Whole tiles of TILE tokens come first, then each of the others by itself. A block that holds a NaN or an
-        infinity gets the scale NaN. Where ``UNEVEN`` becomes 1, what rounding left over of the token is a tile of its
+        infinity gets the scale NaN. Where UNEVEN becomes 1, what rounding left over of the token is a tile of its
         own, REST bytes further.
         """
         _ = generated_by
-        tokens, k, kind = args[TOKENS], args[K], args[X_KIND]
+        tokens, k, kind, scratch = args[TOKENS], args[K], args[KIND], args[SCRATCH]
         row, rounded = np.empty(k, np.float32), np.empty(k, np.int16)
-        uneven = numba.carray(pointer(args[UNEVEN]), (tokens,), np.uint8)
+        uneven = numba.carray(pointer(scratch + args[UNEVEN]), (tokens,), np.uint8)
         tiled = tokens // TILE * TILE
         for m in range(start, stop):
             _load_floats(row, args[X] + m * k * (4 if kind == FLOAT else 2), kind, k)
             if m < tiled:
-                uneven[m] = _quantize_row(row, rounded, args, 0, m // TILE * TILE, TILE, m % TILE)
+                uneven[m] = _quantize_row(row, rounded, args, scratch, m // TILE * TILE, TILE, m % TILE)
             else:
-                uneven[m] = _quantize_row(row, rounded, args, 0, m, 1, 0)
+                uneven[m] = _quantize_row(row, rounded, args, scratch, m, 1, 0)
             if uneven[m]:
-                _quantize_row(row, rounded, args, args[REST], m, 1, 0)
+                _quantize_row(row, rounded, args, scratch + args[REST], m, 1, 0)
 
     return quantize_tokens
 
@@ -212,15 +213,16 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
         """
         _ = generated_by
         tokens, rows, k, groups = args[TOKENS], args[ROWS], args[K], args[GROUPS]
-        blocks, padded, kind = args[BLOCKS], args[PADDED], args[X_KIND]
-        x_bytes, scale_bytes, shift_bytes = 2 * k, 4 * args[SLOTS] * args[SPREAD], 4 * padded  # of a token
-        per_group, steps, half = blocks // groups, blocks // parts, args[SLOTS] - blocks // parts
+        blocks, padded, kind, scratch = args[BLOCKS], args[PADDED], args[KIND], args[SCRATCH]
+        x_bytes, scale_bytes, shift_bytes = 2 * k, 4 * args[STEPS] * args[SPREAD], 4 * padded  # of a token
+        per_group, steps, half = blocks // groups, blocks // parts, args[STEPS] - blocks // parts
         row_bytes, high_bytes = k // 4 if bits == 3 else k // 2, k // 8
-        uneven = numba.carray(pointer(args[UNEVEN]), (tokens,), np.uint8)
+        uneven = numba.carray(pointer(scratch + args[UNEVEN]), (tokens,), np.uint8)
         w_scale = np.empty(PANEL * blocks + SLACK, np.float32)
         w_shift = np.empty(PANEL * blocks + SLACK, np.float32)
         product, rest = np.empty((TILE, PANEL), np.float32), np.empty(PANEL, np.float32)
         bias = np.zeros(PANEL, np.float32)
+        # Each array is also used by name in the loop: numba frees one after its last use.
         scale_at, shift_at = w_scale.ctypes.data, w_shift.ctypes.data
         tiled = tokens // TILE * TILE
         for panel in range(start, stop, PANEL // QUAD):
@@ -233,8 +235,8 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
             words, high = args[QWEIGHT] + first * row_bytes, args[QHIGH] + first * high_bytes
             m = 0
             while m < tokens:
-                x, x_scale = args[XQ] + m * x_bytes, args[X_SCALE] + m * scale_bytes
-                x_shift = args[X_SHIFT] + m * shift_bytes
+                x, x_scale = scratch + m * x_bytes, scratch + args[X_SCALE] + m * scale_bytes
+                x_shift = scratch + args[X_SHIFT] + m * shift_bytes
                 if m < tiled:
                     count = TILE
                     multiply_panel(
@@ -249,9 +251,9 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
                     )  # fmt: skip
                 for lane in range(count):
                     if uneven[m + lane]:
-                        x = args[XQ] + args[REST] + (m + lane) * x_bytes
-                        x_scale = args[X_SCALE] + args[REST] + (m + lane) * scale_bytes
-                        x_shift = args[X_SHIFT] + args[REST] + (m + lane) * shift_bytes
+                        x = scratch + args[REST] + (m + lane) * x_bytes
+                        x_scale = scratch + args[REST] + args[X_SCALE] + (m + lane) * scale_bytes
+                        x_shift = scratch + args[REST] + args[X_SHIFT] + (m + lane) * shift_bytes
                         multiply_panel(
                             which, bits, 1, vectors, parts, words, high, k, scale_at, shift_at, width, x, x_scale,
                             x_shift, blocks, padded, steps, half, rest.ctypes.data,

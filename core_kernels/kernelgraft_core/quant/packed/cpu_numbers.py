@@ -1,4 +1,4 @@
-"""Conversions between kinds of numbers, for CPU kernels that numba compiles: what LLVM would not vectorize by itself."""
+"""Conversions of numbers for CPU kernels that numba compiles, in vectors: LLVM would not vectorize their loops."""
 
 from __future__ import annotations
 

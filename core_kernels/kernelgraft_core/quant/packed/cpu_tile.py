@@ -118,7 +118,9 @@ def _shifts(emit: Emit, tile: Tile, rows: _Rows, tokens: _Tokens, padded: Any) -
     return emit.loop(runs, [constant(0.0, kind)] * (tile.tokens * QUAD), add)
 
 
-def _add_step(emit: Emit, tile: Tile, rows: _Rows, totals: list[Any], at: tuple[Any, Any], x: Any, scales: Any) -> list[Any]:
+def _add_step(
+    emit: Emit, tile: Tile, rows: _Rows, totals: list[Any], at: tuple[Any, Any], x: Any, scales: Any
+) -> list[Any]:
     """Multiply one step - a block of every token, or the blocks of one vector - and add it to ``totals``.
 
     ``at``: the step's first vector and first block. ``x``: address of its activations. ``scales``: a vector by token.
@@ -168,7 +170,8 @@ def _multiply(emit: Emit, tile: Tile, rows: _Rows, tokens: _Tokens, padded: Any,
         narrow = Emit(b, tile.isa.narrow)
 
         def add_half(_: Any, totals: list[Any]) -> list[Any]:
-            x, scale = emit.at(tokens.x, emit.times(steps, x_bytes)), emit.at(tokens.scale, emit.times(steps, scale_bytes))
+            x = narrow.at(tokens.x, emit.times(steps, x_bytes))
+            scale = narrow.at(tokens.scale, emit.times(steps, scale_bytes))
             scales = [narrow.load(scale, vector(F32, spread // 2), 4 * spread * m) for m in range(tile.tokens)]
             at = emit.times(steps, 2), emit.times(steps, tile.parts)
             return _add_step(narrow, tile.narrow, rows, totals, at, x, scales)
@@ -179,8 +182,8 @@ def _multiply(emit: Emit, tile: Tile, rows: _Rows, tokens: _Tokens, padded: Any,
 
 @intrinsic(prefer_literal=True)
 def multiply_panel(typing_context: Any, isa: Any, bits: Any, tokens: Any, vectors: Any, parts: Any,
-                   words: Any, high: Any, k: Any, w_scale: Any, w_shift: Any, width: Any,
-                   x: Any, x_scale: Any, x_shift: Any, blocks: Any, padded: Any, steps: Any, half: Any, out: Any) -> Any:  # fmt: skip
+                   words: Any, high: Any, k: Any, w_scale: Any, w_shift: Any, width: Any, x: Any, x_scale: Any,
+                   x_shift: Any, blocks: Any, padded: Any, steps: Any, half: Any, out: Any) -> Any:  # fmt: skip
     """Write the products of ``width`` weight rows and a tile of tokens, float32 ``(tokens, PANEL)``, to ``out``.
 
     All but the literals are int64, most of them addresses. The last QUAD rows overlap those before where ``width`` is
@@ -210,8 +213,8 @@ def multiply_panel(typing_context: Any, isa: Any, bits: Any, tokens: Any, vector
             row = builder.select(builder.icmp_signed("<", row, last), row, last)
             planes = []
             for r in range(QUAD):
-                here = emit.plus(row, r)
-                planes.append([emit.at(words, builder.mul(here, row_bytes)), emit.at(high, builder.mul(here, high_bytes))])
+                at, at_high = (builder.mul(emit.plus(row, r), each) for each in (row_bytes, high_bytes))
+                planes.append([emit.at(words, at), emit.at(high, at_high)])
             scales_at = emit.times(builder.mul(row, blocks), 4)
             rows = _Rows(planes, emit.at(w_scale, scales_at), emit.at(w_shift, scales_at), blocks, row_bytes)
             for m, four in enumerate(_multiply(emit, tile, rows, activations, padded, steps, half)):

@@ -50,7 +50,7 @@ def _fields(words, tops, ROWS: tl.constexpr, BK: tl.constexpr, BITS: tl.constexp
     """Packed words of a tile to pairs of integers ``(ROWS, BK / 2)``: the lowest BITS of either half; others are noise.
 
     Args:
-        words: ``(ROWS, BK / PER)`` of qweight.
+        words: ``(ROWS, BK / PER_WORD)`` of qweight.
         tops: ``(ROWS, BK / 32)`` of qhigh, read for 3 bits.
         PLAIN: without assembly.
     """

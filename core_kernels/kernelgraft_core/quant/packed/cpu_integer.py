@@ -1,0 +1,129 @@
+"""The packed linear layer as one launch of the integer kernels of :mod:`.cpu_kernels`, which needs numba.
+
+This is called for every linear layer of every decoded token: what sizes alone decide is worked out once.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernelgraft_core.runtime.threads import Launch, Phase
+
+from .weight import PackedWeight
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # cpu_kernels.FLOAT, BFLOAT, HALF
+LARGEST_BLOCK = 256  # values along K that share a scale
+KEPT_SCRATCH = 1 << 20  # bytes that a thread keeps for its next call
+LEAST_ROWS = 4  # cpu_tile.QUAD
+LINE = 64  # bytes of a cache line
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What sizes alone decide: the launch, the last of the numbers it is told, and bytes of scratch."""
+
+    launch: Launch
+    sizes: tuple[int, ...]
+    scratch: int
+
+
+class _Scratch(threading.local):
+    """Memory for quantized activations; a thread that calls has its own, and keeps it when it is small."""
+
+    def __init__(self) -> None:
+        self.size, self.kept = 0, (torch.empty(0), 0)
+
+    def reserve(self, size: int) -> tuple[Tensor, int]:
+        """At least ``size`` bytes: what owns them, and the address, aligned to cache lines."""
+        if size <= self.size:
+            return self.kept
+        memory = torch.empty(size + LINE, dtype=torch.uint8)
+        reserved = memory, _lines(memory.data_ptr())
+        if size <= KEPT_SCRATCH:
+            self.size, self.kept = size, reserved
+        return reserved
+
+
+_scratch = _Scratch()
+
+
+@functools.cache
+def block_shape(group: int, k: int, lanes: int = 16) -> tuple[int, int] | None:
+    """Vectors per block of activations, and blocks per vector; None where the kernel cannot run."""
+    span = 4 * lanes
+    if group % span == 0:
+        return next(v for v in range(LARGEST_BLOCK // span, 0, -1) if group // span % v == 0), 1
+    return (1, span // group) if group in (32, 64) and k % 64 == 0 else None
+
+
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias``: contiguous ``(..., K)`` of a type in ``KINDS`` to ``(..., N)``; ``weight`` is arranged.
+
+    There must be a token and LEAST_ROWS rows, and :func:`block_shape` must not be None.
+    """
+    n, groups = weight.scales.shape
+    *lead, k = x.shape
+    call = _call(x.numel() // k, n, k, groups, weight.bits, x.dtype)
+    out = torch.empty((*lead, n), dtype=x.dtype)
+    memory, address = _scratch.reserve(call.scratch)
+    biased = (0, 0) if bias is None else (KINDS[bias.dtype], bias.data_ptr())
+    call.launch(n, k, groups, *_addresses(weight), out.data_ptr(), *biased, x.data_ptr(), address, *call.sizes)
+    del memory  # not before the launch is done
+    return out
+
+
+def dequantize(weight: PackedWeight) -> Tensor:
+    """An arranged weight in float32 ``(N, K)``."""
+    (n, groups), k = weight.scales.shape, weight.in_features
+    out = torch.empty(n, k)
+    _dequantize_launch(n, weight.bits)(n, k, groups, *_addresses(weight), out.data_ptr())
+    return out
+
+
+def _addresses(weight: PackedWeight) -> tuple[int, int, int, int]:
+    """Of ``qweight``, of ``qhigh`` where there is one, of scales and zeros."""
+    first, *_, last, scales, zeros = (tensor.data_ptr() for tensor in (weight.qweight, *weight.tensors))
+    return first, last, scales, zeros
+
+
+@functools.lru_cache(maxsize=4096)
+def _call(tokens: int, n: int, k: int, groups: int, bits: int, dtype: torch.dtype) -> _Call:
+    from . import cpu_kernels as kernels  # compiles, or loads what an earlier process compiled
+    from . import cpu_vectors
+
+    isa = cpu_vectors.instruction_set()
+    shape = block_shape(k // groups, k, isa.lanes)
+    if shape is None:
+        isa = isa.narrow
+        shape = block_shape(k // groups, k, isa.lanes)
+        assert shape is not None  # other weights are dequantized
+    vectors, parts = shape
+    blocks = k * parts // (4 * isa.lanes * vectors)
+    padded, steps, spread = -(-blocks // 16) * 16, -(-blocks // parts), 1 if parts == 1 else isa.lanes // 2
+    x_scale = _lines(2 * tokens * k)
+    x_shift = x_scale + _lines(4 * tokens * steps * spread)
+    rest = x_shift + _lines(4 * tokens * padded)
+    uneven = 2 * rest
+    launch = Launch(
+        Phase(kernels.quantize_kernel().address, tokens, grain=4),
+        Phase(kernels.rows_kernel(isa, bits, vectors, parts).address, -(-n // LEAST_ROWS), grain=8),
+    )
+    sizes = tokens, blocks, padded, steps, isa.lanes, spread, KINDS[dtype], x_scale, x_shift, rest, uneven
+    return _Call(launch, sizes, uneven + tokens)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dequantize_launch(n: int, bits: int) -> Launch:
+    from . import cpu_kernels as kernels
+
+    return Launch(Phase(kernels.dequantize_kernel(bits).address, n, grain=16))
+
+
+def _lines(size: int) -> int:
+    """Bytes, or an address, rounded up to whole cache lines."""
+    return -(-size // LINE) * LINE
