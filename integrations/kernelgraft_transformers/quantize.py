@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from kernelgraft_core import __version__
 from kernelgraft_core.quant.architectures import find_architecture, linear_layer
-from kernelgraft_core.quant.awq import AwqConfig, AwqMethod, rtn_config
+from kernelgraft_core.quant.awq import AwqConfig, AwqMethod, awq_gptq_config, gptq_config, rtn_config
 from kernelgraft_core.quant.formats.layout import Layout
-from kernelgraft_core.quant.gptq import GptqConfig, GptqMethod
 from kernelgraft_core.quant.outcome import BlockOutcome, Method
 from kernelgraft_core.quant.ranks import rank, world_size
 from kernelgraft_core.quant.rounding import Scheme
@@ -58,8 +57,9 @@ class Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("awq", "activation-aware scales and clipping", AwqConfig, AwqMethod),
-        Recipe("gptq", "error-compensated rounding", GptqConfig, GptqMethod),
+        Recipe("awq", "activation-aware scales and grids", AwqConfig, AwqMethod),
+        Recipe("awq+gptq", "scales and grids of awq, rounding of gptq", awq_gptq_config, AwqMethod),
+        Recipe("gptq", "error-compensated rounding", gptq_config, AwqMethod),
         Recipe("rtn", "plain rounding, to compare with", rtn_config, AwqMethod),
     )
 }
@@ -239,7 +239,7 @@ def quantize_checkpoint(
             with replaced_directory(out, overwrite=overwrite) as directory:
                 files = [workspace.block_file(index) for index in range(run.model.count)]
                 write_checkpoint(directory, run.model, files, source, written, run.unquantized, record)
-    except (ValueError, UnsupportedModelError):
+    except ValueError:
         # What the user has to change makes it another job; disk full, Ctrl-C and the like keep what was done.
         shutil.rmtree(workspace_of(out), ignore_errors=True)
         raise

@@ -169,7 +169,7 @@ def test_failures_exit_with_one_and_one_sentence(run, float_llama, checkpoint, t
             "--group-size",
             128,
         ): "q_proj: K = 64 is no multiple of group size 128",
-        ("quantize", float_llama, "-o", tmp_path / "x", "--recipe", "magic"): "there are awq, gptq, rtn",
+        ("quantize", float_llama, "-o", tmp_path / "x", "--recipe", "magic"): "there are awq, awq+gptq, gptq, rtn",
         ("quantize", checkpoint, "-o", tmp_path / "x"): "is quantized already (awq)",
         ("quantize", tmp_path / "none", "-o", tmp_path / "x"): "none",
         ("inspect", tmp_path / "none"): "none is not a model directory: it has no config.json",

@@ -82,8 +82,11 @@ class Grid:
 
     def reproduce(self, groups: Tensor) -> Tensor:
         """What the weights ``(N, G, g)`` become."""
-        scales, zeros = self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1)
-        return self.round(groups).sub_(zeros).mul_(scales)
+        return self.round(groups).sub_(self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
+
+    def values(self, integers: Tensor) -> Tensor:
+        """What integers ``(N, G, g)`` stand for."""
+        return integers.sub(self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
 
     def where(self, chosen: Tensor, other: Grid) -> Grid:
         """This grid for the groups that are ``chosen`` ``(N, G)``, ``other`` for the rest."""

@@ -11,10 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelgraft_core.runtime.errors import NonFiniteError
-
-from .ranks import all_sum
-
 
 @dataclass
 class BlockInputs:
@@ -156,55 +152,6 @@ def watch_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class InputStatistics:
-    """Second moments of the input of one linear layer, gathered token by token.
-
-    Attributes:
-        mean_abs: ``(K,)`` mean of ``|x|`` over tokens, float32.
-        moments: ``(K / g, g, g)`` mean of ``x x^T`` inside each group, float32. It gives the mean squared error of any
-            change of a group of weights without touching the tokens again.
-    """
-
-    def __init__(self, features: int, group_size: int, device: torch.device) -> None:
-        groups = features // group_size
-        self._absolute = torch.zeros(features, device=device)
-        self._products = torch.zeros(groups, group_size, group_size, device=device)
-        self.tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        tokens = x.reshape(-1, x.shape[-1]).float()
-        self._absolute += tokens.abs().sum(0)
-        by_group = tokens.view(len(tokens), *self._products.shape[:2]).transpose(0, 1)
-        self._products.baddbmm_(by_group.transpose(1, 2), by_group)
-        self.tokens += len(tokens)
-
-    @property
-    def mean_abs(self) -> Tensor:
-        return self._absolute / max(self.tokens, 1)
-
-    @property
-    def moments(self) -> Tensor:
-        return self._products / max(self.tokens, 1)
-
-    def moments_of_scaled(self, scales: Tensor) -> Tensor:
-        """The moments of ``x / scales``, for scales ``(K,)``."""
-        by_group = scales.view(self._products.shape[:2])
-        return self.moments / (by_group.unsqueeze(2) * by_group.unsqueeze(1))
-
-    def gather(self) -> None:
-        """Add up what all ranks have seen."""
-        count = torch.tensor(self.tokens, dtype=torch.float64)
-        self.tokens = int(all_sum(count))
-        all_sum(self._absolute)
-        all_sum(self._products)
-
-    def check(self, layer: str) -> None:
-        """Raise NonFiniteError when a NaN or an infinity has passed through."""
-        if not torch.isfinite(self._absolute).all():
-            bad = int((~torch.isfinite(self._absolute)).sum())
-            raise NonFiniteError(f"activations of {layer} are not finite in {bad} of {len(self._absolute)} channels")
 
 
 def _first(output: Tensor | Sequence[Tensor]) -> Tensor:

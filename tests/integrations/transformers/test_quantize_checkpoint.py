@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kernelgraft_core.quant.awq import AwqMethod
+from kernelgraft_core.quant.awq import AwqConfig, AwqMethod
 from kernelgraft_core.quant.rounding import Scheme, fake_quantize
 from kernelgraft_core.runtime.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from kernelgraft_core.runtime.testing import assert_close
@@ -268,7 +268,7 @@ REFUSED = [
     pytest.param({"text": ""}, "the text has 0 tokens; one calibration sample is 16", id="empty-text"),
     pytest.param({"text": "w1 w2 w3"}, "the text has 3 tokens; one calibration sample is 16", id="short"),
     pytest.param({"calibration": Calibration(0, 16)}, "0 samples of 16 tokens", id="no-samples"),
-    pytest.param({"recipe": "magic"}, "no recipe 'magic'; there are awq, gptq, rtn", id="recipe"),
+    pytest.param({"recipe": "magic"}, "no recipe 'magic'; there are awq, awq\\+gptq, gptq, rtn", id="recipe"),
     pytest.param(
         {"group_size": 48}, r"layers\.0\.self_attn\.q_proj: K = 64 is no multiple of group size 48", id="group"
     ),
@@ -439,18 +439,25 @@ def test_sources_that_cannot_be_quantized_are_refused(quantized, float_llama, tm
         load_source(str(cut))
 
 
-def test_rtn_is_awq_without_its_searches():
-    assert RECIPES.keys() == {"awq", "gptq", "rtn"}
+@pytest.mark.parametrize(
+    ("recipe", "searches", "rounding"),
+    [("awq", True, "nearest"), ("awq+gptq", True, "gptq"), ("gptq", False, "gptq"), ("rtn", False, "nearest")],
+)
+def test_recipes_are_awq_with_and_without_its_parts(recipe, searches, rounding):
     scheme = Scheme(3, 64, True)
-    settings = RECIPES["rtn"].settings(scheme)
-    assert (settings.scheme, settings.scale_points, settings.clip_steps) == (scheme, 0, 0)
-    assert isinstance(RECIPES["rtn"].method(settings), AwqMethod)
+    settings = RECIPES[recipe].settings(scheme)
+    assert settings.scheme == scheme
+    assert {settings.scale_points > 0, settings.clip_steps > 0, settings.refine_sweeps > 0} == {searches}
+    assert settings.rounding == rounding
+    assert isinstance(RECIPES[recipe].method(settings), AwqMethod)
 
 
 def test_settings_of_a_recipe_can_be_given(source, tmp_path, words):
     given = {"scale_points": 4, "clip_steps": 2}
     record = quantize_checkpoint(source, tmp_path / "out", words, calibration=SHORT, settings=given)
-    assert record["settings"] == given | {"search_tokens": 512}
+    assert record["settings"] == given | {
+        name: value for name, value in asdict(AwqConfig()).items() if name not in ("scheme", *given)
+    }
     points = {round(point * 4) for search in record["searches"] for _, point, _ in search["curve"]}
     assert points <= {0, 1, 2, 3}
 

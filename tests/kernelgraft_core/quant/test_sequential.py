@@ -7,11 +7,9 @@ from torch import nn
 from kernelgraft_core.quant.sequential import (
     BlockCalls,
     BlockInputs,
-    InputStatistics,
     capture_block_calls,
     watch_inputs,
 )
-from kernelgraft_core.runtime.errors import NonFiniteError
 
 
 class Block(nn.Module):
@@ -134,45 +132,3 @@ def test_watching_sees_every_call_until_it_ends():
     block(x, 0.0)
     assert [name for name, _ in seen] == ["linear", "linear"]
     assert torch.equal(seen[1][1], x + 1)
-
-
-def statistics_of(batches, group_size):
-    statistics = InputStatistics(batches[0].shape[-1], group_size, torch.device("cpu"))
-    for batch in batches:
-        statistics.add(batch)
-    return statistics
-
-
-@pytest.mark.parametrize("group_size", [4, 12])
-def test_statistics_of_batches_equal_those_of_all_tokens(group_size):
-    batches = [torch.randn(2, 5, 12), torch.randn(1, 3, 12).bfloat16(), torch.randn(7, 12)]
-    tokens = torch.cat([batch.reshape(-1, 12).double() for batch in batches])
-    statistics = statistics_of(batches, group_size)
-
-    assert statistics.tokens == 20
-    torch.testing.assert_close(statistics.mean_abs.double(), tokens.abs().mean(0), rtol=1e-6, atol=1e-7)
-    by_group = tokens.view(20, -1, group_size)
-    moments = torch.einsum("tgi,tgj->gij", by_group, by_group) / 20
-    torch.testing.assert_close(statistics.moments.double(), moments, rtol=1e-5, atol=1e-6)
-
-
-def test_moments_of_scaled_inputs_need_no_second_look_at_the_tokens():
-    batches, scales = [torch.randn(6, 12), torch.randn(9, 12)], torch.rand(12) + 0.5
-    scaled = statistics_of([batch / scales for batch in batches], 4)
-    torch.testing.assert_close(statistics_of(batches, 4).moments_of_scaled(scales), scaled.moments)
-
-
-def test_statistics_of_nothing_are_zero():
-    statistics = InputStatistics(8, 4, torch.device("cpu"))
-    statistics.add(torch.empty(0, 8))
-    assert not statistics.mean_abs.any()
-    assert not statistics.moments.any()
-    statistics.check("a layer")
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_activations_that_are_not_finite_name_the_layer(value):
-    x = torch.randn(3, 8)
-    x[1, 2] = x[2, 5] = value
-    with pytest.raises(NonFiniteError, match=r"activations of layers\.3\.up_proj are not finite in 2 of 8 channels"):
-        statistics_of([x], 4).check("layers.3.up_proj")

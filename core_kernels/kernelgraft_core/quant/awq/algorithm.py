@@ -1,22 +1,31 @@
-"""AWQ on one decoder block: scales, then grids, then packed weights."""
+"""AWQ on one decoder block: scales, then grids, then integers. RTN and GPTQ are the same without the searches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from kernelgraft_core.quant.architectures import Architecture, ScaleGroup, fold, linear_layer
+from kernelgraft_core.quant.gptq import gptq_round
+from kernelgraft_core.quant.moments import InputStatistics, group_moments, relative_error, within
 from kernelgraft_core.quant.outcome import BlockOutcome, LayerReport, SearchReport
-from kernelgraft_core.quant.rounding import Scheme, nearest_grid, split_groups
+from kernelgraft_core.quant.rounding import Scheme, fake_quantize, nearest_grid, split_groups
 from kernelgraft_core.quant.runner import BlockResult, quantize_model
-from kernelgraft_core.quant.sequential import BlockInputs, InputStatistics, watch_inputs
+from kernelgraft_core.quant.sequential import BlockInputs, watch_inputs
 from kernelgraft_core.quant.weights import QuantizedWeight, pack_weight
 
-from .clip import output_error, search_grid
+from .clip import search_grid
 from .probe import CallRecorder, ModuleProbe
+from .refine import refine_grid
 from .scales import ScaleChoice, search_scales
+
+Rounding = Literal["nearest", "gptq"]
+
+# Second moments that are held at once, in bytes: layers beyond that take another pass over the calibration data.
+MOMENTS_LIMIT = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -27,13 +36,34 @@ class AwqConfig:
         scheme: bits, group size, symmetric or not.
         scale_points: grid points of the scale search; 0 switches it off.
         clip_steps: steps of the clip search; 0 switches it off (without scales that is round-to-nearest).
-        search_tokens: calibration tokens that judge a scale. The clip search uses all of them.
+        clip_all: clip queries and keys too. The paper leaves them out; by exact errors clipping them gains.
+        refine_sweeps: how often grids are made to fit each other (:mod:`~kernelgraft_core.quant.awq.refine`), which is
+            not in the paper; 0 switches it off. Layers that are not clipped are left out.
+        rounding: ``"nearest"``, or ``"gptq"`` to round to the grids that were found with errors made up for
+            (:mod:`~kernelgraft_core.quant.gptq.solver`).
+        damping: of GPTQ.
+        search_tokens: calibration tokens that judge a scale; 16 times as many tell the magnitudes that candidates are
+            made from. Everything else uses all tokens.
+
+    Raises:
+        ValueError: a number is negative or ``rounding`` is unknown.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
     scale_points: int = 20
     clip_steps: int = 10
+    clip_all: bool = True
+    refine_sweeps: int = 1
+    rounding: Rounding = "nearest"
+    damping: float = 0.01
     search_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("scale_points", "clip_steps", "refine_sweeps", "search_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"rounding {self.rounding!r}; there are {', '.join(get_args(Rounding))}")
 
 
 def quantize_awq(
@@ -63,80 +93,99 @@ class _BlockQuantizer:
         self._inputs, self._config, self._scheme = inputs, config, config.scheme
         self._groups = architecture.scale_groups(block)
         self._layers = {name: linear_layer(block, name) for group in self._groups for name in group.targets}
-        searched = [group for group in self._groups if group.source is not None and config.scale_points]
-        judges = {g.inspect: (g.per_token, block.get_submodule(g.inspect)) for g in searched}
-        self._recorder = CallRecorder(
-            {name: module for name, (per_token, module) in judges.items() if per_token},
-            {name: module for name, (per_token, module) in judges.items() if not per_token},
-            config.search_tokens,
-            inputs.tokens,
-        )
 
     def run(self) -> BlockOutcome:
-        statistics = self._watch()
-        before = {name: self._rounding_error(name, statistics[group]) for group, name in self._pairs()}
-        choices = {group: self._scale(group, statistics[group]) for group in self._groups}
+        choices = self._search_scales()
         weights: dict[str, QuantizedWeight] = {}
         reports: list[LayerReport] = []
-        for group, name in self._pairs():
-            layer, choice = self._layers[name], choices[group]
-            moments = statistics[group].moments_of_scaled(choice.scales)
-            groups = split_groups(layer.weight.data, self._scheme.group_size)
-            if self._config.clip_steps and not name.endswith(self._architecture.unclipped):
-                grid = search_grid(groups, moments, self._scheme, steps=self._config.clip_steps)
-            else:
-                grid = nearest_grid(groups, self._scheme)
-            after = output_error(groups, grid, moments)
-            full_name = f"{self._path}.{name}"
-            reports.append(LayerReport(full_name, before[name], after, choice.form, choice.exponent))
-            weights[full_name] = pack_weight(grid.round(groups).flatten(1), grid.scales, grid.zeros, self._scheme.bits)
-            layer.weight.data = grid.reproduce(groups).view_as(layer.weight)
+        sizes = [(group, 4 * self._layers[group.targets[0]].in_features ** 2) for group in self._groups]
+        for groups in within(sizes, MOMENTS_LIMIT):
+            statistics = self._watch(groups, self._inputs)
+            for group in groups:
+                moments = statistics.pop(group).take_moments()
+                for name in group.targets:
+                    full_name = f"{self._path}.{name}"
+                    weights[full_name], errors = self._quantize(name, moments, choices.get(group))
+                    choice = choices.get(group) or ScaleChoice.identity(moments[0])
+                    reports.append(LayerReport(full_name, *errors, choice.form, choice.exponent))
         return BlockOutcome(weights, tuple(reports), tuple(self._searches(choices)))
 
-    def _pairs(self) -> Iterator[tuple[ScaleGroup, str]]:
-        return ((group, name) for group in self._groups for name in group.targets)
-
-    def _watch(self) -> dict[ScaleGroup, InputStatistics]:
-        """Statistics of every group's input, while the block still computes in full precision."""
-        statistics: dict[str, InputStatistics] = {}
-        for group in self._groups:
-            layer = self._layers[group.targets[0]]
-            size = layer.in_features if self._scheme.group_size == -1 else self._scheme.group_size
-            statistics[group.targets[0]] = InputStatistics(layer.in_features, size, layer.weight.device)
-        watched = {name: self._layers[name] for name in statistics}
+    def _watch(
+        self, groups: Sequence[ScaleGroup], inputs: BlockInputs, *, second_moments: bool = True
+    ) -> dict[ScaleGroup, InputStatistics]:
+        """Statistics of what the layers of each group read."""
+        layers = {group.targets[0]: self._layers[group.targets[0]] for group in groups}
+        statistics = {
+            name: InputStatistics(layer.in_features, layer.weight.device, second_moments=second_moments)
+            for name, layer in layers.items()
+        }
         with (
             self._architecture.calibrating(self._block),
-            watch_inputs(watched, lambda name, x: statistics[name].add(x)),
-            self._recorder,
+            watch_inputs(layers, lambda name, x: statistics[name].add(x)),
         ):
-            self._inputs.run(self._block)
+            inputs.run(self._block)
         for name, seen in statistics.items():
             seen.gather()
             seen.check(f"{self._path}.{name}")
-        return {group: statistics[group.targets[0]] for group in self._groups}
+        return {group: statistics[group.targets[0]] for group in groups}
 
-    def _rounding_error(self, name: str, statistics: InputStatistics) -> float:
-        groups = split_groups(self._layers[name].weight.data, self._scheme.group_size)
-        return output_error(groups, nearest_grid(groups, self._scheme), statistics.moments)
-
-    def _scale(self, group: ScaleGroup, statistics: InputStatistics) -> ScaleChoice:
-        """Search a group's scales and fold them into its source and its targets."""
-        layers = [self._layers[name] for name in group.targets]
-        if not self._config.scale_points or group.source is None:
-            return ScaleChoice.identity(statistics.mean_abs)
-        probe = ModuleProbe(self._block.get_submodule(group.inspect), layers, self._recorder.calls(group.inspect))
-        weights = [layer.weight.data for layer in layers]
-        choice = search_scales(
-            weights, statistics.mean_abs, probe.error, scheme=self._scheme, points=self._config.scale_points
+    def _search_scales(self) -> dict[ScaleGroup, ScaleChoice]:
+        """Search the scales of every group that has a source, and fold them into it and the group's layers."""
+        searched = [group for group in self._groups if group.source is not None and self._config.scale_points]
+        if not searched:
+            return {}
+        inputs = self._inputs.spread(self._config.search_tokens, 16)
+        judges = {g.inspect: (g.per_token, self._block.get_submodule(g.inspect)) for g in searched}
+        recorder = CallRecorder(
+            {name: module for name, (per_token, module) in judges.items() if per_token},
+            {name: module for name, (per_token, module) in judges.items() if not per_token},
+            self._config.search_tokens,
+            inputs.tokens,
         )
+        with recorder:
+            statistics = self._watch(searched, inputs, second_moments=False)
+        return {group: self._scale(group, statistics[group].mean_abs, recorder) for group in searched}
+
+    def _scale(self, group: ScaleGroup, mean_abs: Tensor, recorder: CallRecorder) -> ScaleChoice:
+        layers = [self._layers[name] for name in group.targets]
+        probe = ModuleProbe(self._block.get_submodule(group.inspect), layers, recorder.calls(group.inspect))
+        weights = [layer.weight.data for layer in layers]
+        choice = search_scales(weights, mean_abs, probe.error, scheme=self._scheme, points=self._config.scale_points)
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = weight * choice.scales
+        assert group.source is not None
         fold(self._block, group.source, group.followers, choice.scales)
         return choice
 
+    def _quantize(
+        self, name: str, moments: Tensor, choice: ScaleChoice | None
+    ) -> tuple[QuantizedWeight, tuple[float, float]]:
+        """The packed weight, and the relative errors of plain rounding and of what was found."""
+        config, layer = self._config, self._layers[name]
+        weight = layer.weight.data
+        groups = split_groups(weight, self._scheme.group_size)
+        grid = nearest_grid(groups, self._scheme)
+        if config.clip_steps and (config.clip_all or not name.endswith(self._architecture.unclipped)):
+            grid = search_grid(groups, group_moments(moments, groups.shape[-1]), self._scheme, steps=config.clip_steps)
+            grid = refine_grid(groups, moments, grid, sweeps=config.refine_sweeps)
+        if config.rounding == "gptq":
+            integers = gptq_round(weight, moments, grid, damping=config.damping)[0]
+        else:
+            integers = grid.round(groups).flatten(1)
+        values = grid.values(integers.view_as(groups)).view_as(weight)
+        errors = self._rounding_error(weight, moments, choice), relative_error(values - weight, weight, moments)
+        layer.weight.data = values
+        return pack_weight(integers, grid.scales, grid.zeros, self._scheme.bits), errors
+
+    def _rounding_error(self, weight: Tensor, moments: Tensor, choice: ScaleChoice | None) -> float:
+        """Of the weight as it was before it was scaled."""
+        scales = 1 if choice is None else choice.scales
+        rounded = fake_quantize(weight / scales, self._scheme) * scales
+        return relative_error(rounded.sub_(weight), weight, moments)
+
     def _searches(self, choices: Mapping[ScaleGroup, ScaleChoice]) -> Iterator[SearchReport]:
         for group, choice in choices.items():
-            if choice.curve and group.source is not None:
+            if group.source is not None:
                 yield SearchReport(
                     f"{self._path}.{group.source.module}",
                     tuple(f"{self._path}.{name}" for name in group.targets),
@@ -149,4 +198,18 @@ class _BlockQuantizer:
 
 def rtn_config(scheme: Scheme) -> AwqConfig:
     """Round-to-nearest: AWQ without its searches."""
-    return AwqConfig(scheme, scale_points=0, clip_steps=0)
+    return AwqConfig(scheme, scale_points=0, clip_steps=0, refine_sweeps=0)
+
+
+def gptq_config(scheme: Scheme) -> AwqConfig:
+    """GPTQ (Frantar et al., arXiv 2210.17323): AWQ without its searches, but for the rounding.
+
+    Layers of a block see what its inputs make of the block before any of its weights is rounded, as long as
+    their second moments fit together; the variant that rounds layer after layer was measured to gain nothing.
+    """
+    return AwqConfig(scheme, scale_points=0, clip_steps=0, refine_sweeps=0, rounding="gptq")
+
+
+def awq_gptq_config(scheme: Scheme) -> AwqConfig:
+    """AWQ's scales and grids, and GPTQ's rounding."""
+    return AwqConfig(scheme, rounding="gptq")

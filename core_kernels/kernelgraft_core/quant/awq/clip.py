@@ -18,8 +18,8 @@ def search_grid(groups: Tensor, moments: Tensor, scheme: Scheme, *, steps: int =
 
     Args:
         groups: ``(N, G, g)`` weights.
-        moments: ``(G, g, g)`` second moments of the input
-            (:class:`~kernelgraft_core.quant.sequential.InputStatistics`).
+        moments: ``(G, g, g)`` second moments of each group's input
+            (:func:`~kernelgraft_core.quant.moments.group_moments`).
         scheme: bits and symmetry; the groups are already of its size.
     """
     low, high = groups.amin(-1), groups.amax(-1)
@@ -33,12 +33,6 @@ def search_grid(groups: Tensor, moments: Tensor, scheme: Scheme, *, steps: int =
         for ratio in ratios:
             search.offer(low * (ratio if side == "low" else 1), high * (ratio if side == "high" else 1))
     return search.grid
-
-
-def output_error(groups: Tensor, grid: Grid, moments: Tensor) -> float:
-    """Squared error of the output relative to its own square, groups taken one by one; arguments as above."""
-    change = grid.reproduce(groups) - groups
-    return float(_energy(change, moments).sum() / _energy(groups, moments).sum().clamp(min=1e-30))
 
 
 def _energy(groups: Tensor, moments: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kernelgraft_core.quant.gptq import GptqConfig, GptqMethod
+from kernelgraft_core.quant.awq import gptq_config, quantize_awq
 from kernelgraft_core.quant.rounding import Scheme
-from kernelgraft_core.quant.runner import quantize_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,7 +21,7 @@ def test_a_model_computes_what_its_packed_weights_stand_for(scheme):
         norm.data[[3, 40]] = 12
     before = [norm.clone() for norm in norms]
     batches = [torch.randint(0, 100, (1, 24)) for _ in range(6)]
-    results = list(quantize_model(model, batches, GptqMethod(GptqConfig(scheme)), scheme_group_size=32))
+    results = list(quantize_awq(model, batches, gptq_config(scheme)))
     weights = {name: weight for result in results for name, weight in result.outcome.weights.items()}
     assert len(weights) == 14
     for name, weight in weights.items():
