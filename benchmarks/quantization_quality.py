@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,13 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from kernelgraft_core.quant.formats.registry import find_layout
-from kernelgraft_core.quant.packed.reference import dequantize
 from kernelgraft_core.runtime.plans import cache_directory
 from kernelgraft_core.runtime.timing import environment
 
+from .checkpoints import float_model
 from .run import write_json
 
 WINDOW, WINDOWS = 512, 64
@@ -125,14 +122,15 @@ def work(job: dict[str, Any], data: Path) -> dict[str, Any]:
 
     source = load_source(job["model"])
     costs: dict[str, Any] = {}
-    changed: dict[str, torch.Tensor] = {}
-    if job["recipe"] != "float32":
-        work = Path(tempfile.mkdtemp(prefix="kernelgraft-"))
-        try:
+    if job["recipe"] == "float32":
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    else:
+        with tempfile.TemporaryDirectory(prefix="kernelgraft-") as directory:
+            out = Path(directory) / "out"
             started, spent = time.perf_counter(), time.process_time()
             record = quantize_checkpoint(
                 source,
-                work / "out",
+                out,
                 (data / "wikitext2.valid.txt").read_text(),
                 recipe=job["recipe"],
                 bits=job["bits"],
@@ -145,32 +143,10 @@ def work(job: dict[str, Any], data: Path) -> dict[str, Any]:
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "mean_layer_error": statistics.mean(layer["error_after"] for layer in record["layers"]),
             }
-            changed = dict(float_weights(work / "out"))
-        finally:
-            shutil.rmtree(work)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-    missing = model.load_state_dict(changed, strict=False).unexpected_keys
-    if missing:
-        raise ValueError(f"the checkpoint holds tensors that the model does not know: {missing}")
+            model = float_model(out)
     # Eight characters a token are more than enough; tokenizing all of it takes a minute.
     test = encode(source.tokenizer, (data / "wikitext2.test.raw.txt").read_text()[: 8 * WINDOW * WINDOWS])
     return {"perplexity": perplexity(model, test, window=WINDOW, windows=WINDOWS)} | costs
-
-
-def float_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a quantized checkpoint in float32, packed weights as what they stand for."""
-    layout = find_layout(json.loads((checkpoint / "config.json").read_text())["quantization_config"])
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            module, _, part = name.rpartition(".")
-            parts.setdefault(module, {})[part] = tensor
-    for module, tensors in parts.items():
-        if "weight" in tensors or "bias" in tensors:
-            yield from ((f"{module}.{part}", tensor.float()) for part, tensor in tensors.items())
-        else:
-            weight = layout.read(tensors)
-            yield f"{module}.weight", dequantize(weight.integers(), weight.scales, weight.zeros, torch.float32)
 
 
 def summarize(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

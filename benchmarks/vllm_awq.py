@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 
-from kernelgraft_core.quant.formats.autoawq import unpack_gemm
-from kernelgraft_core.quant.w4a16 import dequantize_w4a16
 from kernelgraft_core.runtime.plans import cache_directory
 from kernelgraft_core.runtime.timing import Times, environment
 
+from .checkpoints import float_model
 from .run import write_json
 
 OURS, THEIRS = "kernelgraft_awq", "awq"
@@ -226,32 +225,6 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def dequantized(model: str) -> Any:
-    """The checkpoint's weights as a float32 model of Transformers."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    stored: dict[str, torch.Tensor] = {}
-    for file in sorted(Path(model).glob("*.safetensors")):
-        stored |= load_file(file)
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in stored.items():
-        layer, _, part = name.rpartition(".")
-        if part == "qweight":
-            packed = unpack_gemm(tensor, stored[f"{layer}.qzeros"], stored[f"{layer}.scales"])
-            weights[f"{layer}.weight"] = dequantize_w4a16(*packed.tensors, torch.float32)
-        elif part not in ("qzeros", "scales"):
-            weights[name] = tensor.float()
-    config = AutoConfig.from_pretrained(model)
-    del config.quantization_config
-    exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = exact.load_state_dict(weights, strict=False)
-    exact.tie_weights()
-    if unexpected or any("lm_head" not in name for name in missing):
-        raise EngineError(f"the checkpoint is no such model for Transformers: {missing}, {unexpected}")
-    return exact.eval()
-
-
 def errors(exact: Any, written: dict[str, Any]) -> dict[str, float]:
     """Log-probabilities of an engine's likeliest tokens against the float32 model on the same text."""
     differences = []
@@ -328,11 +301,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for method in (OURS, THEIRS):
             engines[method] = Engine(method, settings)
-        exact, results = dequantized(settings.model), []
+        exact, results = float_model(Path(settings.model)), []
         for batch in batches:
             results.append(measure(engines, exact, batch, given.rounds))
             print(_row(results[-1]), flush=True)
-    except EngineError as error:
+    except (EngineError, ValueError) as error:
         print(f"benchmarks.vllm_awq: {error}", file=sys.stderr)
         return 1
     finally:
