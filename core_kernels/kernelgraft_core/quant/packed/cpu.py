@@ -25,12 +25,13 @@ from .weight import PackedWeight
 
 log = logging.getLogger("kernelgraft")
 
-VERSION = 2  # of the paths; a new version makes stored plans void
+VERSION = 3  # of the paths; a new version makes stored plans void
 LARGEST_BUCKET = 512  # tokens; beyond, the choice stays what it is there
 SCRATCH_BYTES = 8 << 20  # of one dequantized block
-# From how many tokens on a processor that multiplies the activations' type fast does so on dequantized blocks. Measured
-# on Zen 4; with AMX not measured, and sooner because its products are.
-GEMM_TOKENS, GEMM_TOKENS_AMX = 128, 48
+# From how many tokens on a processor that multiplies the activations' type fast does so on dequantized blocks: where
+# they are dequantized by table (:mod:`.cpu_halves`), and elsewhere. Measured on an AMD EPYC with AVX512-BF16; with AMX
+# not measured, and sooner because its products are.
+GEMM_TOKENS = {"avx512": (32, 128), "amx": (16, 48)}
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 Weight = TypeVar("Weight", bound=PackedWeight)
 
@@ -55,7 +56,7 @@ def dgrad(grad: Tensor, weight: PackedWeight) -> Tensor:
     """``grad @ W``: ``(..., N)`` to ``(..., K)``."""
     weight = _arranged(weight)
     rows = grad.unsqueeze(0).flatten(0, -2)  # not reshape(-1, N): N may be 0
-    dtype = _block_dtype(len(rows), grad.dtype)
+    dtype = _block_dtype(len(rows), weight.group_size, grad.dtype)
     rows = rows.to(dtype)
     out = torch.zeros(len(rows), weight.in_features)
     for first, last in _blocks(weight):
@@ -121,7 +122,7 @@ def _possible_paths(
             f"the integer kernel takes N >= {cpu_integer.LEAST_ROWS} and groups of 32 or multiples of 64"
         )
         return ("dequantize",)
-    if tokens >= _gemm_tokens() and gemm_dtype != torch.float32:
+    if tokens >= _gemm_tokens(group) and gemm_dtype != torch.float32:
         return ("dequantize", "integer")
     return ("integer", "dequantize")
 
@@ -162,8 +163,18 @@ def _arch() -> str:
 
 
 @functools.cache
-def _gemm_tokens() -> int:
-    return GEMM_TOKENS_AMX if _arch() == "cpu-amx" else GEMM_TOKENS
+def _gemm_tokens(group: int) -> int:
+    return GEMM_TOKENS["amx" if _arch() == "cpu-amx" else "avx512"][0 if _by_table(group) else 1]
+
+
+@functools.cache
+def _by_table(group: int) -> bool:
+    """Whether weights are dequantized to 16 bits directly, which takes an eighth of the time."""
+    if not _HAS_NUMBA:
+        return False
+    from . import cpu_halves, cpu_vectors
+
+    return cpu_halves.unsupported(cpu_vectors.instruction_set(), group) is None
 
 
 @functools.cache
@@ -179,12 +190,12 @@ def _blocks(weight: PackedWeight) -> list[tuple[int, int]]:
 def _dequantize_block(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
     block = type(weight)(*(tensor[first:last] for tensor in weight.tensors))
     if _HAS_NUMBA:
-        return cpu_integer.dequantize(block).to(dtype)
+        return cpu_integer.dequantize(block, dtype)
     return reference.dequantize(block.integers(), block.scales, block.zeros, dtype)
 
 
 def _dequantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    dtype = _block_dtype(len(x), x.dtype)
+    dtype = _block_dtype(len(x), weight.group_size, x.dtype)
     x = x.to(dtype)
     out = torch.empty(len(x), weight.out_features, dtype=dtype)
     for first, last in _blocks(weight):
@@ -192,9 +203,9 @@ def _dequantized_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     return out
 
 
-def _block_dtype(tokens: int, dtype: torch.dtype) -> torch.dtype:
+def _block_dtype(tokens: int, group: int, dtype: torch.dtype) -> torch.dtype:
     """What to dequantize to: for few tokens that is what takes the time, and float32 spares rounding the weight."""
-    return _gemm_dtype(dtype) if tokens >= _gemm_tokens() else torch.float32
+    return _gemm_dtype(dtype) if tokens >= _gemm_tokens(group) else torch.float32
 
 
 @functools.cache

@@ -77,12 +77,13 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     return out
 
 
-def dequantize(weight: PackedWeight) -> Tensor:
-    """An arranged weight in float32 ``(N, K)``."""
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """An arranged weight ``(N, K)`` in ``dtype``."""
     (n, groups), k = weight.scales.shape, weight.in_features
-    out = torch.empty(n, k)
-    _dequantize_launch(n, weight.bits)(n, k, groups, *_addresses(weight), out.data_ptr())
-    return out
+    launch, direct = _dequantize_launch(n, k // groups, weight.bits, dtype)
+    out = torch.empty(n, k, dtype=dtype if direct else torch.float32)
+    launch(n, k, groups, *_addresses(weight), out.data_ptr())
+    return out.to(dtype)
 
 
 def _addresses(weight: PackedWeight) -> tuple[int, int, int, int]:
@@ -118,10 +119,15 @@ def _call(tokens: int, n: int, k: int, groups: int, bits: int, dtype: torch.dtyp
 
 
 @functools.lru_cache(maxsize=4096)
-def _dequantize_launch(n: int, bits: int) -> Launch:
-    from . import cpu_kernels as kernels
+def _dequantize_launch(n: int, group: int, bits: int, dtype: torch.dtype) -> tuple[Launch, bool]:
+    """What writes a weight of ``n`` rows, and whether it writes ``dtype`` itself, or float32."""
+    from . import cpu_halves, cpu_kernels, cpu_vectors
 
-    return Launch(Phase(kernels.dequantize_kernel(bits).address, n, grain=16))
+    isa = cpu_vectors.instruction_set()
+    if dtype in (torch.bfloat16, torch.float16) and cpu_halves.unsupported(isa, group) is None:
+        lanes = isa.lanes if group % (4 * isa.lanes) == 0 else isa.narrow.lanes
+        return Launch(Phase(cpu_halves.halves_kernel(bits, lanes, KINDS[dtype]).address, n, grain=16)), True
+    return Launch(Phase(cpu_kernels.dequantize_kernel(bits).address, n, grain=16)), False
 
 
 def _lines(size: int) -> int:

@@ -52,7 +52,7 @@ FLOAT, BFLOAT, HALF = range(3)  # how activations, bias and result are stored
 ) = range(24)  # fmt: skip
 
 # numba keeps a compiled kernel until the file that it is written in changes; these two generate parts of it.
-_GENERATORS = hashlib.sha256(
+GENERATORS = hashlib.sha256(
     b"".join(Path(str(module.__file__)).read_bytes() for module in (cpu_numbers, cpu_tile, cpu_vectors))
 ).hexdigest()
 
@@ -173,7 +173,7 @@ def _unpack_panel(args: Any, first: int, width: int, per_group: int, w_scale: An
 @functools.cache
 def quantize_kernel() -> Any:
     """The kernel that quantizes activations."""
-    generated_by = _GENERATORS
+    generated_by = GENERATORS
 
     @cpu_kernel(fastmath={"contract"})
     def quantize_tokens(start: int, stop: int, args: Any) -> None:
@@ -203,7 +203,7 @@ def quantize_kernel() -> Any:
 @functools.cache
 def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any:
     """The kernel for blocks of ``vectors`` vectors, or for ``parts`` blocks in one vector, and weights of ``bits``."""
-    which, generated_by = INSTRUCTION_SETS.index(isa), _GENERATORS
+    which, generated_by = INSTRUCTION_SETS.index(isa), GENERATORS
 
     @cpu_kernel(fastmath={"contract", "reassoc"})
     def multiply_rows(start: int, stop: int, args: Any) -> None:

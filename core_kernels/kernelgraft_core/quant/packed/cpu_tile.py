@@ -73,7 +73,7 @@ class _Tokens:
     shift: Any
 
 
-def _unpack(emit: Emit, bits: int, words: list[Any], index: Any) -> list[Any]:
+def unpack_planes(emit: Emit, bits: int, words: list[Any], index: Any) -> list[Any]:
     """The four planes of vector ``index`` of a row; ``words`` are where the row's packed planes begin."""
     b, lanes = emit.b, emit.isa.lanes
     if bits == 4:
@@ -134,7 +134,7 @@ def _add_step(
             ahead = b.add(emit.times(here, emit.isa.lanes // 2 * tile.low_bits), emit.times(rows.row_bytes, QUAD))
             for words in rows.words:
                 emit.prefetch(words[0], ahead)
-        weights = [_unpack(emit, tile.bits, words, here) for words in rows.words]
+        weights = [unpack_planes(emit, tile.bits, words, here) for words in rows.words]
         for plane in range(4):
             for m in range(tile.tokens):
                 values = emit.load(x, kind, 2 * emit.isa.lanes * (4 * (v * tile.tokens + m) + plane))
