@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor, distributed
 
@@ -18,7 +19,7 @@ from kernelgraft_core.quant.ranks import rank, world_size
 
 log = logging.getLogger("kernelgraft")
 
-JOB = "job.json"
+JOB, LOCK = "job.json", "lock"
 
 
 class Workspace:
@@ -28,22 +29,35 @@ class Workspace:
     whatever moment a process dies at, the directory says exactly where to go on, and going on gives the same bytes as
     never having stopped. Each rank keeps hidden states of its own; rank 0 keeps the blocks.
 
+    A context manager: inside, no other process can open the directory. The operating system sees to that, so that a
+    process that dies leaves it free.
+
     Args:
         path: the directory; :func:`workspace_of` names it.
         job: everything that the result depends on. A directory that was left by another job is emptied.
         on_disk: read hidden states from disk whenever they are used, instead of holding all of them in memory.
+
+    Raises:
+        BlockingIOError: another process is at work there.
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any], *, on_disk: bool = False) -> None:
         self.path, self._on_disk = path, on_disk
         text = json.dumps(job, indent=1, sort_keys=True)
         if rank() == 0:
-            if path.exists() and (not (path / JOB).is_file() or (path / JOB).read_text() != text):
-                log.info("%s was left by another quantization; starting anew", path)
-                self._delete()
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(path / LOCK)
+            if any(path.iterdir()) and (not (path / JOB).is_file() or (path / JOB).read_text() != text):
+                self._delete()
             _write_text(path / JOB, text)
         _barrier()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if rank() == 0:
+            self._lock.release()
 
     def resume(self) -> tuple[int, Sequence[Tensor]] | None:
         """The block to go on with and what enters it; None when there is nothing to go on from."""
@@ -101,11 +115,16 @@ class Workspace:
         _barrier()
         if rank() == 0:
             self._delete()
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _delete(self) -> None:
         # The job first: what is left of a directory that is half deleted must not look like one to go on from.
         (self.path / JOB).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        for kept in self.path.iterdir():
+            if kept.is_dir():
+                shutil.rmtree(kept, ignore_errors=True)
+            elif kept.name != LOCK:
+                kept.unlink()
 
     def _hidden_directory(self, index: int) -> Path:
         return self.path / f"hidden-{index:05}.rank{rank()}"
@@ -142,6 +161,15 @@ class StoredTensors(Sequence[Tensor]):
 def workspace_of(out: Path) -> Path:
     """Where the quantization that will become ``out`` keeps what it has done."""
     return out.parent / f".{out.name}.quantizing"
+
+
+def _locked(path: Path) -> BaseFileLock:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"another process is at work in {path.parent}; wait for it, or stop it") from None
+    return lock
 
 
 def _write_text(path: Path, text: str) -> None:

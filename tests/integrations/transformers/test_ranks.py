@@ -72,9 +72,9 @@ def test_they_see_what_one_process_sees_that_has_all_samples(alone, both):
     for ours, wanted in zip(decided(both), decided(alone), strict=True):
         assert [r["name"] for r in ours["outcome"]] == [r["name"] for r in wanted["outcome"]]
         for report, expected in zip(ours["outcome"], wanted["outcome"], strict=True):
-            # All tokens are summed, only in another order; later blocks see other choices where two were as good.
-            close = 1e-4 if ours["index"] == 0 else 1e-2
-            assert report["error_before"] == pytest.approx(expected["error_before"], rel=close)
+            # All tokens are summed, only in another order. Scales may be others where two were as good, and a weight
+            # that is scaled and scaled back may round the other way here and there.
+            assert report["error_before"] == pytest.approx(expected["error_before"], rel=1e-2)
             assert report["error_after"] == pytest.approx(expected["error_after"], rel=0.2)
 
 

@@ -15,30 +15,32 @@ def tensors(count=3, seed=0):
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
 def test_a_workspace_gives_back_what_it_keeps(tmp_path, on_disk):
-    workspace, kept = Workspace(tmp_path / "kept", {"a": 1}, on_disk=on_disk), []
-    assert workspace.resume() is None
-    for index in range(4):
-        kept = workspace.keep(index, iter(tensors(seed=index)))
-        assert all(map(torch.equal, kept, tensors(seed=index)))
-        workspace.save_block(index, {"x": torch.arange(index + 1)}, {"index": index})
-    assert len(kept) == 3
-    assert all(map(torch.equal, kept[1:], tensors(seed=3)[1:]))
+    with Workspace(tmp_path / "kept", {"a": 1}, on_disk=on_disk) as workspace:
+        assert workspace.resume() is None
+        for index in range(4):
+            kept = workspace.keep(index, iter(tensors(seed=index)))
+            assert all(map(torch.equal, kept, tensors(seed=index)))
+            workspace.save_block(index, {"x": torch.arange(index + 1)}, {"index": index})
+        assert len(kept) == 3
+        assert all(map(torch.equal, kept[1:], tensors(seed=3)[1:]))
 
-    index, again = Workspace(tmp_path / "kept", {"a": 1}, on_disk=on_disk).resume()
-    assert index == 3
-    assert all(map(torch.equal, again, tensors(seed=3)))
-    assert [workspace.notes(i) for i in range(4)] == [{"index": i} for i in range(4)]
-    workspace.remove()
+    with Workspace(tmp_path / "kept", {"a": 1}, on_disk=on_disk) as workspace:
+        index, again = workspace.resume()
+        assert index == 3
+        assert all(map(torch.equal, again, tensors(seed=3)))
+        assert [workspace.notes(i) for i in range(4)] == [{"index": i} for i in range(4)]
+        workspace.remove()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_hidden_states_without_the_block_before_them_are_not_gone_on_from(tmp_path):
-    workspace = Workspace(tmp_path / "kept", {})
-    for index in range(3):
-        workspace.keep(index, tensors(seed=index))
-        workspace.save_block(index, {"x": torch.ones(1)}, {})
-    workspace.block_file(1).unlink()
-    index, again = Workspace(tmp_path / "kept", {}).resume()
+    with Workspace(tmp_path / "kept", {}) as workspace:
+        for index in range(3):
+            workspace.keep(index, tensors(seed=index))
+            workspace.save_block(index, {"x": torch.ones(1)}, {})
+        workspace.block_file(1).unlink()
+    with Workspace(tmp_path / "kept", {}) as workspace:
+        index, again = workspace.resume()
     assert index == 1
     assert all(map(torch.equal, again, tensors(seed=1)))
 
@@ -68,17 +70,29 @@ def test_hidden_states_are_stored_one_at_a_time(tmp_path):
 @pytest.mark.parametrize("left", ["another", "no-job", "half-written"])
 def test_what_another_job_left_is_emptied(tmp_path, left):
     path = tmp_path / "kept"
-    before = Workspace(path, {"bits": 4})
-    before.keep(0, tensors())
-    before.save_block(0, {"x": torch.ones(1)}, {})
-    before.keep(1, tensors())
+    with Workspace(path, {"bits": 4}) as before:
+        before.keep(0, tensors())
+        before.save_block(0, {"x": torch.ones(1)}, {})
+        before.keep(1, tensors())
     if left != "another":
         (path / "job.json").unlink()
     if left == "half-written":
         (path / "job.json").write_text('{"bi')
-    workspace = Workspace(path, {"bits": 3 if left == "another" else 4})
-    assert workspace.resume() is None
-    assert [p.name for p in path.iterdir()] == ["job.json"]
+    with Workspace(path, {"bits": 3 if left == "another" else 4}) as workspace:
+        assert workspace.resume() is None
+        assert {p.name for p in path.iterdir()} <= {"job.json", "lock"}
+
+
+@pytest.mark.parametrize("job", [{"bits": 4}, {"bits": 3}], ids=["same", "another"])
+def test_two_at_once_are_refused_and_nothing_is_lost(tmp_path, job):
+    with Workspace(tmp_path / "kept", {"bits": 4}) as workspace:
+        workspace.keep(0, tensors())
+        with pytest.raises(BlockingIOError, match=r"another process is at work in .*kept; wait for it, or stop it"):
+            Workspace(tmp_path / "kept", job)
+        assert len(list(workspace.path.glob("hidden-*/*.safetensors"))) == 3
+    with Workspace(tmp_path / "kept", {"bits": 3}) as workspace:
+        workspace.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_lies_beside_its_destination_and_is_hidden():

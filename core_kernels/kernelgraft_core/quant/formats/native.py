@@ -20,6 +20,7 @@ from kernelgraft_core.quant.weights import QuantizedWeight
 from .layout import Layout, Part, StoredTensor
 
 FORMAT_VERSION = 1
+KINDS: dict[int, type[W4A16Weight] | type[W3A16Weight]] = {4: W4A16Weight, 3: W3A16Weight}
 
 
 class Native(Layout):
@@ -30,17 +31,15 @@ class Native(Layout):
     may_be_symmetric = True
 
     def features(self, packed: StoredTensor) -> tuple[int, int]:
-        return packed.shape[0], packed.shape[1] * (8 if self.bits == 4 else 16)
+        return packed.shape[0], packed.shape[1] * KINDS[self.bits].planes["qweight"]
 
     def parts(self, n: int, k: int) -> dict[str, Part]:
-        multiple = 8 if self.bits == 4 else 32
-        groups = self.groups(k)
-        if k % multiple or (k // groups) % multiple:
-            raise ValueError(f"K = {k} and groups of {k // groups}, but {self.bits} bits need multiples of {multiple}")
-        if self.bits == 4:
-            parts = {"qweight": Part((torch.int32,), (n, k // 8))}
-        else:
-            parts = {"qweight": Part((torch.int32,), (n, k // 16)), "qhigh": Part((torch.int32,), (n, k // 32))}
+        kind, groups = KINDS[self.bits], self.groups(k)
+        if k % kind.unit() or (k // groups) % kind.unit():
+            raise ValueError(
+                f"K = {k} and groups of {k // groups}, but {self.bits} bits need multiples of {kind.unit()}"
+            )
+        parts = {name: Part((torch.int32,), (n, k // per_word)) for name, per_word in kind.planes.items()}
         parts["scales"] = Part((torch.float16,), (n, groups))
         if not self.symmetric:
             parts["zeros"] = Part((torch.uint8,), (n, groups))
@@ -64,11 +63,11 @@ class Native(Layout):
             zeros = tensors["zeros"]
             if zeros.numel() and zeros.max() >= 1 << self.bits:
                 raise ValueError(f"zeros go up to {int(zeros.max())}, expected 0..{(1 << self.bits) - 1}")
-        if self.bits == 4:
-            return W4A16Weight(tensors["qweight"], scales, zeros).arranged()
-        return W3A16Weight(tensors["qweight"], tensors["qhigh"], scales, zeros).arranged()
+        kind = KINDS[self.bits]
+        together = [*(tensors[name] for name in kind.planes), scales, zeros]
+        return kind(*together).arranged()
 
     def _write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         *planes, scales, zeros = weight.tensors
-        tensors = dict(zip(("qweight", "qhigh"), planes, strict=False)) | {"scales": scales}
+        tensors = dict(zip(weight.planes, planes, strict=True)) | {"scales": scales}
         return tensors if self.symmetric else tensors | {"zeros": zeros}
