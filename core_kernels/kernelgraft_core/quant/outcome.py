@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .architectures import Architecture
     from .sequential import BlockInputs
-    from .weights import QuantizedWeight
+    from .weights import AnyWeight
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,27 @@ class SearchReport:
 class BlockOutcome:
     """Packed weights of one block by full layer name, and how they came about."""
 
-    weights: dict[str, QuantizedWeight]
+    weights: Mapping[str, AnyWeight]
     reports: tuple[LayerReport, ...]
     searches: tuple[SearchReport, ...] = ()
 
 
+# What a tensor outside the blocks becomes: floating point in, the same dtype and shape out.
+TensorChange = Callable[[Tensor], Tensor]
+
+
 class Method(Protocol):
     """A way to quantize."""
+
+    def around(self, architecture: Architecture, model: Any) -> Mapping[str, TensorChange]:
+        """What becomes of tensors outside the blocks, by name; nothing is changed yet.
+
+        An output head that shares the embeddings' tensor gets one of its own when either changes.
+
+        Raises:
+            UnsupportedModelError: the model is one that the method cannot do.
+        """
+        ...
 
     def quantize_block(
         self, architecture: Architecture, block: nn.Module, path: str, inputs: BlockInputs

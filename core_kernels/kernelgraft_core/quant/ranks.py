@@ -23,6 +23,13 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_max(tensor: Tensor) -> Tensor:
+    """Maximum over all ranks, in place; the tensor itself when there is one rank."""
+    if world_size() > 1:
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+    return tensor
+
+
 def all_sum_float(value: float) -> float:
     """Sum of a number over all ranks."""
     return float(all_sum(torch.tensor(value, dtype=torch.float64))) if world_size() > 1 else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kernelgraft_core.runtime.errors import NonFiniteError
 
 from .architectures import Architecture, find_architecture, linear_layer
-from .outcome import BlockOutcome, Method
+from .outcome import BlockOutcome, Method, TensorChange
 from .rounding import split_groups
 from .sequential import BlockCalls, capture_block_calls
 
@@ -103,10 +103,22 @@ def quantize_model(
     for index, block in enumerate(architecture.block_list(model)):
         architecture.prepare(block)
         check_layers(architecture, block, blocks.path(index), scheme_group_size)
+    change_around(model, method.around(architecture, model))
     calls = capture_block_calls(model, list(architecture.block_list(model)), as_arguments(batches))
     if not calls.first:
         raise ValueError("no calibration batches were given")
     yield from quantize_blocks(architecture, blocks, calls, method, InMemory())
+
+
+def change_around(model: Any, changes: Mapping[str, TensorChange]) -> None:
+    """Change tensors of a model that lie outside its blocks, in place; a head that is tied to embeddings is untied."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if changes and head is not None and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+    for name, change in changes.items():
+        parameter = model.get_parameter(name)
+        parameter.data = change(parameter.data)
 
 
 def quantize_blocks(

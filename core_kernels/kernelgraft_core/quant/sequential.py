@@ -154,5 +154,18 @@ def watch_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], 
             hook.remove()
 
 
+@contextmanager
+def watch_outputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, ``see(name, y)`` gets what every call of the named modules returns."""
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, name=name: see(name, out)) for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _first(output: Tensor | Sequence[Tensor]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]

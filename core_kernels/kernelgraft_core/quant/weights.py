@@ -5,9 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from .w3a16 import W3A16Weight, w3a16_linear
+from .w4a8 import W4A8Weight
 from .w4a16 import W4A16Weight, w4a16_linear
 
 QuantizedWeight = W4A16Weight | W3A16Weight
+
+# What a quantizer may yield for a layer.
+AnyWeight = W4A16Weight | W3A16Weight | W4A8Weight
 
 
 def pack_weight(q: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> QuantizedWeight:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from kernelgraft_core.quant.experts import calibrate_every_expert, find_fused_experts, unfuse_experts
 from kernelgraft_core.runtime.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .attention import Attention
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Architecture:
             is a target or a follower of exactly one group. It is called with blocks on the meta device and with experts
             still fused as well.
         unclipped: endings of layer names whose weights are not clipped: clipping queries and keys harms the softmax.
+        attention: where the heads of a block are (:mod:`~kernelgraft_core.quant.architectures.attention`); None where
+            that is not known, and what works on single heads is refused.
         towers: for a model with a language tower of its own type, ``config.text_config.model_type`` of those it
             describes; empty for any.
 
@@ -73,6 +79,7 @@ class Architecture:
     groups: Callable[[nn.Module], tuple[ScaleGroup, ...]]
     unclipped: tuple[str, ...] = ("q_proj", "k_proj")
     towers: tuple[str, ...] = ()
+    attention: Callable[[nn.Module], Attention] | None = None
 
     def block_path(self, model: nn.Module) -> str:
         """Name of the list of decoder blocks.

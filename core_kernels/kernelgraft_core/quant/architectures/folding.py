@@ -20,7 +20,7 @@ def fold(block: nn.Module, source: Source, followers: Iterable[str], scales: Ten
     Raises:
         ValueError: there are not as many scales as channels; nothing is changed then.
     """
-    weights = [_weight(block.get_submodule(name)) for name in followers]
+    weights = [weight_of(block.get_submodule(name)) for name in followers]
     for name, weight in zip(followers, weights, strict=True):
         _check_width(name, weight.shape[-1], scales)
     fold_into_source(block.get_submodule(source.module), scales, offset=source.offset, rows=source.rows)
@@ -41,7 +41,7 @@ def fold_into_source(
     Raises:
         ValueError: there are not as many scales as channels; nothing is changed then.
     """
-    weight = _weight(source)
+    weight = weight_of(source)
     spans = ((0, weight.shape[0]),) if rows is None else rows
     _check_width(type(source).__name__, sum(stop - start for start, stop in spans), scales)
     bias = getattr(source, "bias", None)
@@ -54,7 +54,8 @@ def fold_into_source(
             bias.data[start:stop] /= divisor
 
 
-def _weight(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
+    """A module's weight, without its gradient."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.data

@@ -10,33 +10,44 @@ from torch import nn
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
 from .adapter import Architecture
+from .attention import fused_attention, interleaved_attention, separate_attention
 from .layouts import gated_decoder, gpt_neox, opt, phi3
 
 DECODER = ("model.layers",)
 # Transformers 5, and the paths of earlier releases and of towers that are causal language models themselves.
 TOWER = ("model.language_model.layers", "language_model.model.layers", "language_model.layers")
 
+_gemma_attention = partial(separate_attention, norm_offset=1.0)
+_opt_attention = partial(separate_attention, output="self_attn.out_proj", rotary=False)
 _gemma = partial(gated_decoder, mlp_norm="pre_feedforward_layernorm", offset=1.0)
 
 ARCHITECTURES = (
-    Architecture("Llama", ("llama", "mistral"), DECODER, gated_decoder),
-    Architecture("Qwen", ("qwen2", "qwen3"), DECODER, gated_decoder),
-    Architecture("Mixtral", ("mixtral",), DECODER, gated_decoder),
-    Architecture("Qwen-MoE", ("qwen2_moe", "qwen3_moe"), DECODER, gated_decoder),
-    Architecture("Gemma", ("gemma",), DECODER, partial(gated_decoder, offset=1.0)),
-    Architecture("Gemma 2 and 3", ("gemma2", "gemma3_text"), DECODER, _gemma),
-    Architecture("Gemma 3 with images", ("gemma3",), TOWER, _gemma),
-    Architecture("Phi-3", ("phi3",), DECODER, phi3, unclipped=("qkv_proj",)),
-    Architecture("OPT", ("opt",), ("model.decoder.layers",), opt),
-    Architecture("GPT-NeoX", ("gpt_neox",), ("gpt_neox.layers",), gpt_neox, unclipped=("query_key_value",)),
+    Architecture("Llama", ("llama", "mistral"), DECODER, gated_decoder, attention=separate_attention),
+    Architecture("Qwen", ("qwen2", "qwen3"), DECODER, gated_decoder, attention=separate_attention),
+    Architecture("Mixtral", ("mixtral",), DECODER, gated_decoder, attention=separate_attention),
+    Architecture("Qwen-MoE", ("qwen2_moe", "qwen3_moe"), DECODER, gated_decoder, attention=separate_attention),
+    Architecture("Gemma", ("gemma",), DECODER, partial(gated_decoder, offset=1.0), attention=separate_attention),
+    Architecture("Gemma 2 and 3", ("gemma2", "gemma3_text"), DECODER, _gemma, attention=_gemma_attention),
+    Architecture("Gemma 3 with images", ("gemma3",), TOWER, _gemma, attention=_gemma_attention),
+    Architecture("Phi-3", ("phi3",), DECODER, phi3, unclipped=("qkv_proj",), attention=fused_attention),
+    Architecture("OPT", ("opt",), ("model.decoder.layers",), opt, attention=_opt_attention),
+    Architecture(
+        "GPT-NeoX",
+        ("gpt_neox",),
+        ("gpt_neox.layers",),
+        gpt_neox,
+        unclipped=("query_key_value",),
+        attention=interleaved_attention,
+    ),
     Architecture(
         "LLaVA",
         ("llava", "llava_next", "llava_onevision"),
         TOWER,
         gated_decoder,
         towers=("llama", "mistral", "qwen2"),
+        attention=separate_attention,
     ),
-    Architecture("Qwen-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), TOWER, gated_decoder),
+    Architecture("Qwen-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), TOWER, gated_decoder, attention=separate_attention),
 )
 
 _registered: dict[object, Architecture] = {}  # by registration: adapters may be equal

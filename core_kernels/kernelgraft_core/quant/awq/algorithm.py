@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from kernelgraft_core.quant.architectures import Architecture, ScaleGroup, fold, linear_layer
-from kernelgraft_core.quant.gptq import gptq_round
-from kernelgraft_core.quant.moments import InputStatistics, group_moments, relative_error, within
-from kernelgraft_core.quant.outcome import BlockOutcome, LayerReport, SearchReport
-from kernelgraft_core.quant.rounding import Scheme, fake_quantize, nearest_grid, split_groups
+from kernelgraft_core.quant.moments import InputStatistics, relative_error, within
+from kernelgraft_core.quant.outcome import BlockOutcome, LayerReport, SearchReport, TensorChange
+from kernelgraft_core.quant.rounding import Grid, Scheme, fake_quantize, split_groups
 from kernelgraft_core.quant.runner import BlockResult, quantize_model
 from kernelgraft_core.quant.sequential import BlockInputs, watch_inputs
 from kernelgraft_core.quant.weights import QuantizedWeight, pack_weight
 
-from .clip import search_grid
+from .grids import GridSearch, Rounding
 from .probe import CallRecorder, ModuleProbe
-from .refine import refine_grid
 from .scales import ScaleChoice, search_scales
-
-Rounding = Literal["nearest", "gptq"]
 
 # Second moments that are held at once, in bytes: layers beyond that take another pass over the calibration data.
 MOMENTS_LIMIT = 512 << 20
@@ -35,13 +32,10 @@ class AwqConfig:
     Attributes:
         scheme: bits, group size, symmetric or not.
         scale_points: grid points of the scale search; 0 switches it off.
-        clip_steps: steps of the clip search; 0 switches it off (without scales that is round-to-nearest).
-        clip_all: clip queries and keys too. The paper leaves them out; by exact errors clipping them gains.
-        refine_sweeps: how often grids are made to fit each other (:mod:`~kernelgraft_core.quant.awq.refine`), which is
-            not in the paper; 0 switches it off. Layers that are not clipped are left out.
-        rounding: ``"nearest"``, or ``"gptq"`` to round to the grids that were found with errors made up for
-            (:mod:`~kernelgraft_core.quant.gptq.solver`).
-        damping: of GPTQ.
+        clip_steps, refine_sweeps, rounding, damping: how integers are found
+            (:class:`~kernelgraft_core.quant.awq.grids.GridSearch`). Refinement is not in the paper. Without scales,
+            clipping and GPTQ it is round-to-nearest.
+        clip_all: search the grids of queries and keys too. The paper leaves them out; by exact errors it gains.
         search_tokens: calibration tokens that judge a scale; 16 times as many tell the magnitudes that candidates are
             made from. Everything else uses all tokens.
 
@@ -59,11 +53,14 @@ class AwqConfig:
     search_tokens: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("scale_points", "clip_steps", "refine_sweeps", "search_tokens"):
+        for name in ("scale_points", "search_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
-        if self.rounding not in get_args(Rounding):
-            raise ValueError(f"rounding {self.rounding!r}; there are {', '.join(get_args(Rounding))}")
+        _ = self.search
+
+    @property
+    def search(self) -> GridSearch:
+        return GridSearch(self.clip_steps, self.refine_sweeps, self.rounding, self.damping)
 
 
 def quantize_awq(
@@ -78,6 +75,10 @@ class AwqMethod:
 
     def __init__(self, config: AwqConfig) -> None:
         self.config = config
+
+    def around(self, architecture: Architecture, model: Any) -> Mapping[str, TensorChange]:
+        """Nothing."""
+        return {}
 
     def quantize_block(
         self, architecture: Architecture, block: nn.Module, path: str, inputs: BlockInputs
@@ -164,18 +165,12 @@ class _BlockQuantizer:
         config, layer = self._config, self._layers[name]
         weight = layer.weight.data
         groups = split_groups(weight, self._scheme.group_size)
-        grid = nearest_grid(groups, self._scheme)
-        if config.clip_steps and (config.clip_all or not name.endswith(self._architecture.unclipped)):
-            grid = search_grid(groups, group_moments(moments, groups.shape[-1]), self._scheme, steps=config.clip_steps)
-            grid = refine_grid(groups, moments, grid, sweeps=config.refine_sweeps)
-        if config.rounding == "gptq":
-            integers = gptq_round(weight, moments, grid, damping=config.damping)[0]
-        else:
-            integers = grid.round(groups).flatten(1)
-        values = grid.values(integers.view_as(groups)).view_as(weight)
+        clip = config.clip_all or not name.endswith(self._architecture.unclipped)
+        grid, integers = config.search.run(groups, moments, partial(Grid.spanning, scheme=self._scheme), clip=clip)
+        values = grid.values(integers).view_as(weight)
         errors = self._rounding_error(weight, moments, choice), relative_error(values - weight, weight, moments)
         layer.weight.data = values
-        return pack_weight(integers, grid.scales, grid.zeros, self._scheme.bits), errors
+        return pack_weight(integers.flatten(1), grid.scales, grid.zeros, self._scheme.bits), errors
 
     def _rounding_error(self, weight: Tensor, moments: Tensor, choice: ScaleChoice | None) -> float:
         """Of the weight as it was before it was scaled."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-from kernelgraft_core.quant.rounding import Grid, Scheme, nearest_grid
+from .refine import SearchGrid
+
+G = TypeVar("G", bound=SearchGrid)
+
+# The grid that reaches from ``low`` to ``high`` (N, G).
+Span = Callable[[Tensor, Tensor], G]
 
 
-def search_grid(groups: Tensor, moments: Tensor, scheme: Scheme, *, steps: int = 10, max_shrink: float = 0.5) -> Grid:
+def search_grid(groups: Tensor, moments: Tensor, span: Span[G], *, steps: int = 10, max_shrink: float = 0.5) -> G:
     """The grid of every group of weights that changes the layer's output least.
 
     AWQ shrinks a group's range symmetrically, ``steps`` times by up to ``max_shrink``, and keeps the best by the
@@ -20,10 +28,10 @@ def search_grid(groups: Tensor, moments: Tensor, scheme: Scheme, *, steps: int =
         groups: ``(N, G, g)`` weights.
         moments: ``(G, g, g)`` second moments of each group's input
             (:func:`~kernelgraft_core.quant.moments.group_moments`).
-        scheme: bits and symmetry; the groups are already of its size.
+        span: gives the grid for a range.
     """
     low, high = groups.amin(-1), groups.amax(-1)
-    search = _Search(groups, moments, scheme)
+    search = _Search(groups, moments, span)
     reach = torch.maximum(-low, high)
     ratios = [1 - max_shrink * i / steps for i in range(1, steps)]
     for ratio in ratios:
@@ -32,7 +40,8 @@ def search_grid(groups: Tensor, moments: Tensor, scheme: Scheme, *, steps: int =
         low, high = search.low, search.high
         for ratio in ratios:
             search.offer(low * (ratio if side == "low" else 1), high * (ratio if side == "high" else 1))
-    return search.grid
+    grid: G = search.grid
+    return grid
 
 
 def _energy(groups: Tensor, moments: Tensor) -> Tensor:
@@ -44,20 +53,20 @@ def _energy(groups: Tensor, moments: Tensor) -> Tensor:
 class _Search:
     """The best grid so far, group by group."""
 
-    def __init__(self, groups: Tensor, moments: Tensor, scheme: Scheme) -> None:
-        self._groups, self._moments = groups, moments
+    def __init__(self, groups: Tensor, moments: Tensor, span: Span[Any]) -> None:
+        self._groups, self._moments, self._span = groups, moments, span
         self.low, self.high = groups.amin(-1), groups.amax(-1)
-        self.grid = nearest_grid(groups, scheme)
+        self.grid = span(self.low, self.high)
         self._error = self._error_of(self.grid)
 
     def offer(self, low: Tensor, high: Tensor) -> None:
         """Take the grid from ``low`` to ``high`` wherever it is better."""
-        grid = Grid.spanning(low, high, self.grid.scheme)
+        grid = self._span(low, high)
         error = self._error_of(grid)
         better = error < self._error
         self._error = torch.where(better, error, self._error)
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
         self.grid = grid.where(better, self.grid)
 
-    def _error_of(self, grid: Grid) -> Tensor:
+    def _error_of(self, grid: SearchGrid) -> Tensor:
         return _energy(grid.reproduce(self._groups) - self._groups, self._moments)

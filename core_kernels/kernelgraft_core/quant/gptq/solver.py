@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from kernelgraft_core.quant.rounding import Grid, Scheme, nearest_grid, split_groups
 from kernelgraft_core.runtime.errors import NonFiniteError
 
 log = logging.getLogger("kernelgraft")
@@ -20,44 +19,49 @@ Order = Literal["activation", "natural"]
 RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
+class ColumnGrid(Protocol):
+    """Grids ``(N, G)`` to round to, such as :class:`~kernelgraft_core.quant.rounding.Grid`."""
+
+    def columns(self) -> Sequence[ColumnGrid]: ...
+    def round(self, groups: Tensor) -> Tensor: ...
+    def values(self, integers: Tensor) -> Tensor: ...
+
+
 def gptq_round(
     weight: Tensor,
     hessian: Tensor,
-    grid: Grid | Scheme,
+    grid: ColumnGrid,
     *,
     block: int = 128,
     damping: float = 0.01,
     order: Order = "activation",
-) -> tuple[Tensor, Grid]:
+) -> Tensor:
     """Round to a grid such that ``tr((Q - W) H (Q - W)^T)`` stays small.
 
     Args:
         weight: ``(N, K)`` float32 or float64.
         hessian: ``(K, K)`` second moments ``X^T X`` of the layer's input, any positive multiple of them.
-        grid: the grids to round to, or a scheme: then those over the whole range of every group of ``weight``. They are
-            fixed before the first column is rounded, so that groups lie side by side whatever the order of columns.
+        grid: the grids to round to, of equally many columns each. They are fixed before the first column is rounded, so
+            that groups lie side by side whatever the order of columns.
         block, damping, order: as for :func:`round_columns`.
 
     Returns:
-        Integers ``(N, K)`` in the weight's dtype, and the grid.
+        Integers ``(N, K)`` in the weight's dtype.
 
     Raises:
         ValueError: shapes disagree, or a number is out of range.
         NonFiniteError: the weight or the Hessian holds NaN or infinity, or no damping made the Hessian definite.
     """
-    if isinstance(grid, Scheme):
-        grid = nearest_grid(split_groups(weight, grid.group_size), grid)
-    scheme, scales, zeros = grid.scheme, grid.scales.T.contiguous(), grid.zeros.T.contiguous()
-    if grid.scales.shape[0] != weight.shape[0] or weight.shape[1] % max(len(scales), 1):
-        raise ValueError(f"weight is {tuple(weight.shape)}, but the grid's scales are {tuple(grid.scales.shape)}")
+    groups = grid.columns()
+    if not groups or weight.shape[1] % len(groups):
+        raise ValueError(f"weight is {tuple(weight.shape)}, but there are grids for {len(groups)} groups of columns")
 
     def to_grid(column: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        scale, zero = scales[group], zeros[group]
-        integers = Grid(scale.unsqueeze(-1), zero.unsqueeze(-1), scheme).round(column.view(-1, 1, 1)).flatten()
-        return integers, (integers - zero) * scale
+        integers = groups[group].round(column.view(-1, 1, 1))
+        return integers.flatten(), groups[group].values(integers).flatten()
 
-    size = weight.shape[1] // max(len(scales), 1)
-    return round_columns(weight, hessian, to_grid, group_size=size, block=block, damping=damping, order=order), grid
+    size = weight.shape[1] // len(groups)
+    return round_columns(weight, hessian, to_grid, group_size=size, block=block, damping=damping, order=order)
 
 
 def round_columns(

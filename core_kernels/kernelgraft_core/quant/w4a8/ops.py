@@ -1,0 +1,238 @@
+"""Public W4A8 ops: checked here once, run by the best backend at hand. They have no gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelgraft_core.runtime.op import Implementation, Op, deferred
+
+from . import reference
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? group_zero, Tensor? zero"
+
+Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+def _without_triton(*_: Any) -> str:
+    return "Triton is not installed"
+
+
+def _fake_quantized(x: Tensor, features: int) -> Quantized:
+    rows = x.shape[:-1]
+    return (
+        x.new_empty((*rows, features), dtype=torch.int8),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def register_backends(op: Op, module: Any) -> None:
+    """Reference, CPU and Triton implementations of ``op`` from the modules beside ``module``, the reference."""
+    package = module.__name__.rpartition(".")[0]
+    op.register(Implementation("reference", getattr(module, op.name), ("cpu", "cuda")))
+    for backend, device, present in (("cpu", "cpu", True), ("triton", "cuda", _HAS_TRITON)):
+        supports = deferred(f"{package}.{backend}", f"supports_{op.name}") if present else _without_triton
+        run = deferred(f"{package}.{backend}", op.name)
+        op.register(Implementation(backend, run, (device,), 10, supports))
+
+
+QUANTIZE = Op(
+    "quantize_activation(Tensor x) -> (Tensor, Tensor, Tensor)", fake=lambda x: _fake_quantized(x, x.shape[-1])
+)
+NORM = Op(
+    "rms_norm_quantize(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=lambda x, weight, eps: _fake_quantized(x, x.shape[-1]),
+)
+SILU = Op(
+    "silu_mul_quantize(Tensor gate_up) -> (Tensor, Tensor, Tensor)",
+    fake=lambda x: _fake_quantized(x, x.shape[-1] // 2),
+)
+MATMUL = Op(
+    f"w4a8_matmul(Tensor q, Tensor x_scale, Tensor x_sums, {_WEIGHT}, Tensor? bias, ScalarType dtype) -> Tensor",
+    fake=lambda q, *rest: q.new_empty((*q.shape[:-1], rest[2].shape[0]), dtype=rest[-1]),
+)
+LINEAR = Op(
+    f"w4a8_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor",
+    fake=lambda x, qweight, *rest: x.new_empty((*x.shape[:-1], qweight.shape[0])),
+    autocast=("x", "bias"),
+)
+for _op in (QUANTIZE, NORM, SILU, MATMUL, LINEAR):
+    register_backends(_op, reference)
+
+
+def quantize_activation(x: Tensor) -> Quantized:
+    """Each token to int8 with a scale of its own: ``x ~ q * scale``.
+
+    Args:
+        x: ``(..., K)`` float16, bfloat16, float32 or float64, any strides.
+
+    Returns:
+        ``q`` int8 ``(..., K)`` in -127..127, ``round(x / scale)`` with ties to even; ``scale`` float32 ``(...)``,
+        the largest magnitude over 127, 1 for a row of zeros and NaN for one that holds NaN or infinity; and the sum of
+        the integers of each token, int32 ``(...)``, which is what a zero point multiplies.
+
+    Raises:
+        ValueError: a shape or dtype is wrong.
+    """
+    _check_float("x", x)
+    out: Quantized = QUANTIZE(x)
+    return out
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
+    """:func:`quantize_activation` of ``x / sqrt(mean(x^2) + eps) * weight``, without rounding in between.
+
+    Args:
+        x: ``(..., K)``; weight: ``(K,)``, both float; eps: at least 0.
+
+    Raises:
+        ValueError: a shape, dtype or ``eps`` is wrong.
+    """
+    _check_float("x", x)
+    _check_float("weight", weight)
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} on {weight.device}, expected {tuple(x.shape[-1:])} on {x.device}"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, expected at least 0")
+    out: Quantized = NORM(x, weight, eps)
+    return out
+
+
+def silu_mul_quantize(gate_up: Tensor) -> Quantized:
+    """:func:`quantize_activation` of ``silu(gate) * up``, for ``gate_up`` ``(..., 2 K)`` with the gate first.
+
+    Raises:
+        ValueError: a shape or dtype is wrong.
+    """
+    _check_float("gate_up", gate_up)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up is {tuple(gate_up.shape)}, expected (..., 2 K)")
+    out: Quantized = SILU(gate_up)
+    return out
+
+
+def w4a8_matmul(
+    q: Tensor,
+    x_scale: Tensor,
+    x_sums: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None = None,
+    group_zero: Tensor | None = None,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """``x @ W.T + bias`` for activations that are quantized already (QServe, arXiv 2405.04532).
+
+    The integers are summed exactly in 32 bits; scales and bias follow in float32.
+
+    Args:
+        q, x_scale, x_sums: as :func:`quantize_activation` returns them.
+        qweight, scale, group_scale, group_zero, zero: of a :class:`~kernelgraft_core.quant.w4a8.W4A8Weight`.
+        bias: ``(N,)``.
+        dtype: of the result.
+
+    Returns:
+        ``(..., N)``, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong; the message names the tensor and the value.
+        NoBackendError: no backend can run the call; the message gives each one's reason.
+    """
+    n, k = check_weight(qweight, scale, group_scale, group_zero, zero)
+    if q.dtype != torch.int8 or q.dim() == 0 or q.shape[-1] != k:
+        raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, expected torch.int8 (..., {k})")
+    for name, tensor, kind in (("x_scale", x_scale, torch.float32), ("x_sums", x_sums, torch.int32)):
+        if tensor.dtype != kind or tensor.shape != q.shape[:-1]:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {kind} {tuple(q.shape[:-1])}")
+        _check_device(name, tensor, q)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    _check_device("q", q, qweight)
+    _check_bias(bias, n, q)
+    out: Tensor = MATMUL(q, x_scale, x_sums, qweight, scale, group_scale, group_zero, zero, bias, dtype)
+    return out
+
+
+def w4a8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None = None,
+    group_zero: Tensor | None = None,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`quantize_activation` of ``x`` and :func:`w4a8_matmul` in one.
+
+    Args:
+        x: ``(..., K)`` float16, bfloat16, float32 or float64, any strides; the others as for :func:`w4a8_matmul`.
+
+    Returns:
+        ``(..., N)`` of the dtype of ``x``, contiguous. A token that holds NaN or infinity gives a row of NaN. Under
+        ``torch.autocast``, ``x`` and ``bias`` are converted to its dtype first.
+
+    Raises:
+        ValueError, NoBackendError: as for :func:`w4a8_matmul`.
+    """
+    n, k = check_weight(qweight, scale, group_scale, group_zero, zero)
+    _check_float("x", x)
+    if x.shape[-1] != k:
+        raise ValueError(f"x is {tuple(x.shape)}, expected (..., {k})")
+    _check_device("x", x, qweight)
+    _check_bias(bias, n, x)
+    out: Tensor = LINEAR(x, qweight, scale, group_scale, group_zero, zero, bias)
+    return out
+
+
+def check_weight(
+    qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_zero: Tensor | None, zero: Tensor | None
+) -> tuple[int, int]:
+    """N and K of a weight whose shapes, dtypes and devices are right; values are not looked at."""
+    if qweight.dtype != torch.uint8 or qweight.dim() != 2:
+        raise ValueError(f"qweight is {qweight.dtype} {tuple(qweight.shape)}, expected torch.uint8 (N, K / 2)")
+    n, k = qweight.shape[0], 2 * qweight.shape[1]
+    if scale.dtype != torch.float16 or scale.shape != (n,):
+        raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}, expected torch.float16 ({n},)")
+    _check_device("scale", scale, qweight)
+    parts = {"group_scale": group_scale, "group_zero": group_zero, "zero": zero}
+    present = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    if sorted(present) not in (["group_scale", "group_zero"], ["zero"]):
+        raise ValueError(f"got {sorted(present)}, expected group_scale and group_zero, or zero alone")
+    for name, tensor in present.items():
+        wanted = f"torch.uint8 ({n},)" if name == "zero" else f"torch.uint8 ({n}, K / group size)"
+        if tensor.dtype != torch.uint8 or tensor.dim() != (1 if name == "zero" else 2) or tensor.shape[0] != n:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted}")
+        _check_device(name, tensor, qweight)
+    if group_scale is not None and group_zero is not None:
+        groups = group_scale.shape[1]
+        if group_zero.shape != group_scale.shape or groups == 0 or k % groups or k // groups % 2:
+            raise ValueError(
+                f"group_scale is {tuple(group_scale.shape)} and group_zero {tuple(group_zero.shape)}: "
+                f"K = {k} does not split into such groups"
+            )
+    return n, k
+
+
+def _check_float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS or x.dim() == 0:
+        raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, expected (..., K) of one of {FLOATS}")
+
+
+def _check_bias(bias: Tensor | None, n: int, x: Tensor) -> None:
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,) or bias.device != x.device):
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, expected ({n},) on {x.device}")
+
+
+def _check_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, the weight on {other.device}")
