@@ -18,7 +18,18 @@ from kernelgraft_core.quant.sequential import capture_block_calls, watch_inputs
 from kernelgraft_core.runtime import testing
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
-from .architecture_cases import CASES, Case, deviation, logits, text_only, tiny, use_float64_throughout
+from .architecture_cases import (
+    CASES,
+    MIXTURES,
+    TOKENS,
+    Case,
+    deviation,
+    llava,
+    logits,
+    text_only,
+    tiny,
+    use_float64_throughout,
+)
 
 
 @pytest.fixture(params=CASES)
