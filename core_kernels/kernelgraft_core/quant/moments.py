@@ -29,7 +29,7 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         """Take ``(..., K)`` inputs into account."""
-        tokens = x.reshape(-1, x.shape[-1]).float()
+        tokens = x.reshape(-1, x.shape[-1]).to(torch.float32)
         self._absolute += tokens.abs().sum(0)
         if self._products is not None:
             self._products.addmm_(tokens.T, tokens)

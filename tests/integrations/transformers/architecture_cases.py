@@ -5,7 +5,8 @@ Float64, with weights, norms and biases all random, so that a fold that is missi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,6 +315,18 @@ def logits(model: nn.Module, case: Case) -> Tensor:
 def use_float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms compute in float32, those of Gemma with their weight: here in float64 like everything else."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+@contextmanager
+def norms_in_float64() -> Iterator[None]:
+    """While open, norms that convert their input to float32 compute in float64."""
+    to = Tensor.to
+    with pytest.MonkeyPatch.context() as patch:
+        use_float64_throughout(patch)
+        patch.setattr(
+            Tensor, "to", lambda x, *a, **o: to(x, *(torch.float64 if b is torch.float32 else b for b in a), **o)
+        )
+        yield
 
 
 def deviation(after: Tensor, before: Tensor) -> float:

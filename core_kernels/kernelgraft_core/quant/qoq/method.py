@@ -127,7 +127,7 @@ class _BlockQuantizer:
         largest: dict[str, Tensor] = {}
 
         def see(name: str, x: Tensor) -> None:
-            found = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
+            found = x.reshape(-1, x.shape[-1]).abs().amax(0)
             largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
         watched_keys = {"keys": self._block.get_submodule(keys)} if keys is not None and config.smooth_attention else {}

@@ -148,17 +148,8 @@ def w4a8_matmul(
         ValueError: a shape, dtype or device is wrong; the message names the tensor and the value.
         NoBackendError: no backend can run the call; the message gives each one's reason.
     """
-    n, k = check_weight(qweight, scale, group_scale, group_zero, zero)
-    if q.dtype != torch.int8 or q.dim() == 0 or q.shape[-1] != k:
-        raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, expected torch.int8 (..., {k})")
-    for name, tensor, kind in (("x_scale", x_scale, torch.float32), ("x_sums", x_sums, torch.int32)):
-        if tensor.dtype != kind or tensor.shape != q.shape[:-1]:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {kind} {tuple(q.shape[:-1])}")
-        _check_device(name, tensor, q)
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
-    _check_device("q", q, qweight)
-    _check_bias(bias, n, q)
+    sizes = check_weight(qweight, scale, group_scale, group_zero, zero)
+    check_quantized(q, x_scale, x_sums, bias, dtype, sizes, qweight)
     out: Tensor = MATMUL(q, x_scale, x_sums, qweight, scale, group_scale, group_zero, zero, bias, dtype)
     return out
 
@@ -184,12 +175,7 @@ def w4a8_linear(
     Raises:
         ValueError, NoBackendError: as for :func:`w4a8_matmul`.
     """
-    n, k = check_weight(qweight, scale, group_scale, group_zero, zero)
-    _check_float("x", x)
-    if x.shape[-1] != k:
-        raise ValueError(f"x is {tuple(x.shape)}, expected (..., {k})")
-    _check_device("x", x, qweight)
-    _check_bias(bias, n, x)
+    check_activation(x, bias, check_weight(qweight, scale, group_scale, group_zero, zero), qweight)
     out: Tensor = LINEAR(x, qweight, scale, group_scale, group_zero, zero, bias)
     return out
 
@@ -201,9 +187,7 @@ def check_weight(
     if qweight.dtype != torch.uint8 or qweight.dim() != 2:
         raise ValueError(f"qweight is {qweight.dtype} {tuple(qweight.shape)}, expected torch.uint8 (N, K / 2)")
     n, k = qweight.shape[0], 2 * qweight.shape[1]
-    if scale.dtype != torch.float16 or scale.shape != (n,):
-        raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}, expected torch.float16 ({n},)")
-    _check_device("scale", scale, qweight)
+    check_scale(scale, qweight)
     parts = {"group_scale": group_scale, "group_zero": group_zero, "zero": zero}
     present = {name: tensor for name, tensor in parts.items() if tensor is not None}
     if sorted(present) not in (["group_scale", "group_zero"], ["zero"]):
@@ -223,16 +207,59 @@ def check_weight(
     return n, k
 
 
+def check_scale(scale: Tensor, qweight: Tensor) -> None:
+    """Refuse a ``scale`` that is not float16 ``(N,)`` beside ``qweight``."""
+    n = qweight.shape[0]
+    if scale.dtype != torch.float16 or scale.shape != (n,):
+        raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}, expected torch.float16 ({n},)")
+    _check_device("scale", scale, qweight)
+
+
+def check_quantized(
+    q: Tensor,
+    x_scale: Tensor,
+    x_sums: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    qweight: Tensor,
+) -> None:
+    """Refuse quantized activations, a bias or a result dtype that do not fit a weight of ``sizes`` N and K."""
+    n, k = sizes
+    if q.dtype != torch.int8 or q.dim() == 0 or q.shape[-1] != k:
+        raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, expected torch.int8 (..., {k})")
+    _check_device("q", q, qweight)
+    for name, tensor, kind in (("x_scale", x_scale, torch.float32), ("x_sums", x_sums, torch.int32)):
+        if tensor.dtype != kind or tensor.shape != q.shape[:-1]:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {kind} {tuple(q.shape[:-1])}")
+        _check_device(name, tensor, qweight)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    _check_bias(bias, n, qweight)
+
+
+def check_activation(x: Tensor, bias: Tensor | None, sizes: tuple[int, int], qweight: Tensor) -> None:
+    """Refuse activations or a bias that do not fit a weight of ``sizes`` N and K."""
+    n, k = sizes
+    _check_float("x", x)
+    if x.shape[-1] != k:
+        raise ValueError(f"x is {tuple(x.shape)}, expected (..., {k})")
+    _check_device("x", x, qweight)
+    _check_bias(bias, n, qweight)
+
+
 def _check_float(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATS or x.dim() == 0:
         raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, expected (..., K) of one of {FLOATS}")
 
 
-def _check_bias(bias: Tensor | None, n: int, x: Tensor) -> None:
-    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,) or bias.device != x.device):
-        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, expected ({n},) on {x.device}")
+def _check_bias(bias: Tensor | None, n: int, qweight: Tensor) -> None:
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,) or bias.device != qweight.device):
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}, expected ({n},) on {qweight.device}"
+        )
 
 
-def _check_device(name: str, tensor: Tensor, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}, the weight on {other.device}")
+def _check_device(name: str, tensor: Tensor, qweight: Tensor) -> None:
+    if tensor.device != qweight.device:
+        raise ValueError(f"{name} is on {tensor.device}, qweight on {qweight.device}")
