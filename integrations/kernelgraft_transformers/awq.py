@@ -45,8 +45,9 @@ class AwqQuantizer(PackedQuantizer):
             ("version", format_name, "gemm"),
         ):
             if value != wanted:
+                help_ = ", which `kernelgraft convert IN OUT --to awq` makes of it" if key == "version" else ""
                 raise CheckpointError(
-                    f"quantization_config has {key} = {value!r}; kernelgraft's AWQ layers run {key} = {wanted!r}"
+                    f"quantization_config has {key} = {value!r}; kernelgraft's AWQ layers run {key} = {wanted!r}{help_}"
                 )
 
     @property

@@ -167,7 +167,11 @@ def test_excluding_everything_is_refused(plugin, damaged):
 
 BAD_CONFIGS = [
     pytest.param({"bits": 3}, "bits = 3; kernelgraft's AWQ layers run bits = 4", id="3-bits"),
-    pytest.param({"version": "gemv"}, "version = 'gemv'; kernelgraft's AWQ layers run version = 'gemm'", id="gemv"),
+    pytest.param(
+        {"version": "gemv"},
+        "version = 'gemv'; kernelgraft's AWQ layers run version = 'gemm', which `kernelgraft convert",
+        id="gemv",
+    ),
     pytest.param({"version": "llm-awq"}, "version = 'llm-awq'", id="llm-awq"),
     pytest.param({"zero_point": False}, "zero_point = False", id="symmetric"),
     pytest.param({"group_size": 64}, r"qzeros is int32 \(4, 8\), but .* group size 64 .* \(2, 8\)", id="other-group"),
