@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kernelgraft_core.quant.formats.registry import find_layout
 from kernelgraft_core.quant.packed.reference import dequantize
+from kernelgraft_core.quant.w4a8 import W4A8Weight
+from kernelgraft_core.quant.weights import QuantizedWeight
 
 
 def float_model(checkpoint: Path) -> Any:
@@ -44,5 +46,10 @@ def _float_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
         plain = {part: tensors.pop(part) for part in ("weight", "bias") if part in tensors}
         yield from ((f"{layer}.{part}", tensor.float()) for part, tensor in plain.items())
         if tensors:
-            weight = layout.read(tensors)
-            yield f"{layer}.weight", dequantize(weight.integers(), weight.scales, weight.zeros, torch.float32)
+            yield f"{layer}.weight", _values(layout.read(tensors))
+
+
+def _values(weight: QuantizedWeight) -> Tensor:
+    if isinstance(weight, W4A8Weight):
+        return weight.values(torch.float32)
+    return dequantize(weight.integers(), weight.scales, weight.zeros, torch.float32)

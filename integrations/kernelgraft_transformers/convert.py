@@ -19,6 +19,7 @@ from kernelgraft_core.quant.formats.autoawq import AwqLayout
 from kernelgraft_core.quant.formats.compressed_tensors import PackQuantized
 from kernelgraft_core.quant.formats.layout import Layout, StoredTensor
 from kernelgraft_core.quant.formats.registry import TARGETS, find_layout
+from kernelgraft_core.quant.w4a8 import W4A8Weight
 from kernelgraft_core.runtime.errors import CheckpointError
 
 from .checkpoint import (
@@ -257,6 +258,8 @@ class _Repacker:
         scales = tensors[self._layout.scale]
         try:
             weight = self._layout.read(tensors)
+            if isinstance(weight, W4A8Weight):
+                return self._written.write(weight)
             if not weight.scales.isfinite().all():
                 raise ValueError(f"{self._layout.scale} is not finite everywhere in float16")
             if scales.dtype != torch.float16 and (scales.to(torch.float16).to(scales.dtype) != scales).any():

@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from kernelgraft_core import __version__
 from kernelgraft_core.quant.architectures import find_architecture, linear_layer
 from kernelgraft_core.quant.awq import AwqConfig, AwqMethod, awq_gptq_config, gptq_config, rtn_config
 from kernelgraft_core.quant.formats.layout import Layout
+from kernelgraft_core.quant.formats.qoq import Qoq
 from kernelgraft_core.quant.outcome import BlockOutcome, Method
+from kernelgraft_core.quant.qoq import QoqConfig, QoqMethod, qoq_config
 from kernelgraft_core.quant.ranks import rank, world_size
 from kernelgraft_core.quant.rounding import Scheme
 from kernelgraft_core.quant.runner import BlockResult, as_arguments, quantize_blocks
@@ -28,7 +30,7 @@ from kernelgraft_core.quant.sequential import capture_block_calls
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
 from .checkpoint import check_replaceable, replaced_directory
-from .outputs import choose_layout, write_checkpoint
+from .outputs import PACKED, choose_layout, write_checkpoint
 from .streaming import StreamedModel, empty_model
 from .texts import Calibration, encode
 from .workspace import Workspace, workspace_of
@@ -46,12 +48,16 @@ class Recipe:
         summary: one line for help texts.
         settings: the method's settings for a scheme.
         method: the method with those settings.
+        group_size: what the recipe is for; None leaves it to the caller.
+        layouts: formats that hold what it yields; the first is the default where it can hold the scheme.
     """
 
     name: str
     summary: str
     settings: Callable[[Scheme], Any]
     method: Callable[[Any], Method]
+    group_size: int | None = None
+    layouts: tuple[str, ...] = PACKED
 
 
 RECIPES = {
@@ -60,6 +66,9 @@ RECIPES = {
         Recipe("awq", "activation-aware scales and grids", AwqConfig, AwqMethod),
         Recipe("awq+gptq", "scales and grids of awq, rounding of gptq", awq_gptq_config, AwqMethod),
         Recipe("gptq", "error-compensated rounding", gptq_config, AwqMethod),
+        Recipe("qoq-g128", "W4A8KV4 in groups of 128", qoq_config, QoqMethod, 128, ("qoq",)),
+        Recipe("qoq-g64", "W4A8KV4 in groups of 64", qoq_config, QoqMethod, 64, ("qoq",)),
+        Recipe("qoq-chn", "W4A8KV4 per channel", qoq_config, QoqMethod, -1, ("qoq",)),
         Recipe("rtn", "plain rounding, to compare with", rtn_config, AwqMethod),
     )
 }
@@ -135,6 +144,29 @@ def _target_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
                 yield f"{path}.{index}.{name}", linear_layer(block, name)
 
 
+def _group_size(recipe: Recipe, given: int | None, model: nn.Module) -> int:
+    if recipe.group_size is None:
+        return choose_group_size(model) if given is None else given
+    if given not in (None, recipe.group_size):
+        raise ValueError(f"recipe {recipe.name} is for group size {recipe.group_size}, not {given}")
+    return recipe.group_size
+
+
+def _with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
+    known = {part.name for part in fields(config)} - {"scheme"}
+    if unknown := settings.keys() - known:
+        raise ValueError(f"no setting {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return replace(config, **settings)
+
+
+def _fit_qoq(layout: Qoq, config: QoqConfig) -> Qoq:
+    """The layout with what the settings say of zero points and of the cache."""
+    if config.weight_bits is None:
+        raise ValueError("weight_bits=None rounds no weight: there is nothing that a checkpoint could hold")
+    smooth = config.cache_bits is not None and config.smooth_attention > 0
+    return replace(layout, zero_form=config.zero, kv_bits=config.cache_bits, kv_smooth=smooth)
+
+
 def _check_fit(model: nn.Module, layout: Layout) -> None:
     """Refuse, before any work, layers that the layout cannot hold; the group size is looked at as well."""
     for name, layer in _target_layers(model):
@@ -177,7 +209,7 @@ def quantize_checkpoint(
         group_size: -1, or a divisor of every K; None chooses (:func:`choose_group_size`).
         symmetric: no zero points.
         layout: how layers are written, see :func:`~kernelgraft_transformers.outputs.choose_layout`.
-        settings: of the recipe, in place of its own.
+        settings: of the recipe, in place of its own: attributes of its config.
         batches: keyword arguments of the model, in place of samples of the text: images, say.
         device: what computes.
         offload: read activations from disk each time they are used.
@@ -197,15 +229,17 @@ def quantize_checkpoint(
     check_replaceable(out, overwrite=overwrite)
     calibration = calibration or Calibration()
     empty = empty_model(source.directory)
-    size = choose_group_size(empty) if group_size is None else group_size
+    size = _group_size(RECIPES[recipe], group_size, empty)
     scheme = Scheme(bits, size, symmetric)
-    layout_name, written = choose_layout(layout, scheme)
+    config = _with_settings(RECIPES[recipe].settings(scheme), settings or {})
+    layout_name, written = choose_layout(layout, scheme, RECIPES[recipe].layouts)
+    if isinstance(written, Qoq):
+        written = _fit_qoq(written, config)
     _check_fit(empty, written)
     tokens = encode(source.tokenizer, text)
     digest = _digest(text, batches or ())
     if batches is None:
         batches = list(as_arguments(calibration.draw(tokens, text_name)))
-    config = replace(RECIPES[recipe].settings(scheme), **(settings or {}))
     described = {
         "format": 1,
         "recipe": recipe,
@@ -238,7 +272,7 @@ def quantize_checkpoint(
             if rank() == 0:
                 with replaced_directory(out, overwrite=overwrite) as directory:
                     files = [workspace.block_file(index) for index in range(run.model.count)]
-                    write_checkpoint(directory, run.model, files, source, written, run.unquantized, record)
+                    write_checkpoint(directory, run.model, files, source, written, run.unquantized, record, run.changes)
                 _delete_leftovers(out)
             workspace.remove()
     except ValueError:
@@ -257,6 +291,9 @@ class _Run:
         self._source, self._method, self._layout = source, method, layout
         self.model = StreamedModel(source.directory, device=device, group_size=scheme.group_size)
         self.unquantized = self.model.unquantized_modules()
+        with torch.no_grad():
+            self.changes = method.around(self.model.architecture, self.model.model)
+            self.model.change(self.changes, source.dtype)
 
     def blocks(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kernelgraft_core.quant.architectures import Architecture, find_architecture
+from kernelgraft_core.quant.outcome import TensorChange
 from kernelgraft_core.quant.runner import check_layers
 from kernelgraft_core.runtime.errors import CheckpointError
 
@@ -85,6 +86,21 @@ class StreamedModel:
     def stored_parameter(self, name: str) -> str:
         return self._stored.get(name, name)
 
+    def stored_embeddings(self) -> str:
+        """What the files call the embeddings' tensor."""
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        return self.stored_parameter(f"{name}.weight")
+
+    def change(self, changes: Mapping[str, TensorChange], dtype: torch.dtype) -> None:
+        """Change tensors around the blocks, by the model's names; the output head, which is not in memory, apart.
+
+        They are rounded to ``dtype``, what the checkpoint will hold them in: blocks are calibrated on that.
+        """
+        for name in changes.keys() - self._head_names():
+            parameter = self.model.get_parameter(name)
+            parameter.data = changes[name](parameter.data).to(dtype).float()
+
     def names_outside_blocks(self) -> list[str]:
         """The tensors in the files that no block holds."""
         inside = {stored for index in range(self.count) for stored in self._stored_in_block(index)}
@@ -139,9 +155,13 @@ class StreamedModel:
             names[name] = stored
         return names
 
-    def _load_around_blocks(self) -> None:
+    def _head_names(self) -> set[str]:
+        """What the model calls the tensors of its output head."""
         head = self.model.get_output_embeddings()
-        heads = {f"{name}.{part}" for name, m in self.model.named_modules() if m is head for part in ("weight", "bias")}
+        return {f"{name}.{part}" for name, m in self.model.named_modules() if m is head for part in ("weight", "bias")}
+
+    def _load_around_blocks(self) -> None:
+        heads = self._head_names()
         blocks = f"{self._path}."
         self._load({stored for name, stored in self._stored.items() if name not in heads and blocks not in f"{name}."})
         for name, parameter in self.model.named_parameters():

@@ -76,6 +76,21 @@ def test_quantize_writes_a_model_and_says_so(run, float_llama, text, tmp_path):
     assert record["calibration"] | {"samples": 2, "length": 16, "seed": 5, "text": str(text)} == record["calibration"]
 
 
+def test_quantize_takes_settings_of_the_recipe(run, float_llama, text, tmp_path):
+    out = tmp_path / "model"
+    settings = ("--set", "rotate=false", "--set", "smooth_output=[0.2, 0.8]", "--set", 'zero="pre"')
+    code, stdout, _ = run(
+        "quantize", float_llama, "-o", out, "--calib", text, "--recipe", "qoq-g64", *settings, *SMALL
+    )  # fmt: skip
+    assert code == 0
+    assert stdout.startswith(f"wrote {out}: qoq-g64, 4 bits, group size 64, ")
+    found = json.loads((out / "kernelgraft.json").read_text())["settings"]
+    assert (found["rotate"], found["smooth_output"], found["zero"]) == (False, [0.2, 0.8], "pre")
+    code, stdout, _ = run("inspect", out)
+    assert code == 0
+    assert "qoq-g64" in stdout
+
+
 def test_quantize_has_a_text_of_its_own(run, float_llama, tmp_path):
     out = tmp_path / "model"
     code, stdout, _ = run("quantize", float_llama, "-o", out, "--recipe", "rtn", "--group-size", "-1", *SMALL)
@@ -131,6 +146,7 @@ USAGE = [
         ("quantize", "MODEL", "-o", "x", "--group-size", "48"), "'48' is not auto, 32, 64, 128 or -1", id="g48"
     ),
     pytest.param(("quantize", "MODEL", "-o", "x", "--samples", "many"), "--samples", id="samples"),
+    pytest.param(("quantize", "MODEL", "-o", "x", "--set", "rotate"), "'rotate' is not NAME=VALUE", id="set"),
     pytest.param(("ppl", "MODEL", "--dtype", "int8"), "'int8' is not float32, bfloat16, float16 or auto", id="dtype"),
     pytest.param(("inspect",), "directory", id="no-directory"),
 ]
@@ -169,7 +185,14 @@ def test_failures_exit_with_one_and_one_sentence(run, float_llama, checkpoint, t
             "--group-size",
             128,
         ): "q_proj: K = 64 is no multiple of group size 128",
-        ("quantize", float_llama, "-o", tmp_path / "x", "--recipe", "magic"): "there are awq, awq+gptq, gptq, rtn",
+        (
+            "quantize",
+            float_llama,
+            "-o",
+            tmp_path / "x",
+            "--recipe",
+            "magic",
+        ): "there are awq, awq+gptq, gptq, qoq-chn",
         ("quantize", checkpoint, "-o", tmp_path / "x"): "is quantized already (awq)",
         ("quantize", tmp_path / "none", "-o", tmp_path / "x"): "none",
         ("inspect", tmp_path / "none"): "none is not a model directory: it has no config.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,7 +67,7 @@ TensorChange = Callable[[Tensor], Tensor]
 
 
 class Method(Protocol):
-    """A way to quantize."""
+    """A way to quantize. Only :meth:`quantize_block` has to be defined by those who derive from this."""
 
     def around(self, architecture: Architecture, model: Any) -> Mapping[str, TensorChange]:
         """What becomes of tensors outside the blocks, by name; nothing is changed yet.
@@ -76,7 +77,14 @@ class Method(Protocol):
         Raises:
             UnsupportedModelError: the model is one that the method cannot do.
         """
-        ...
+        return {}
+
+    def as_served(self, architecture: Architecture, block: nn.Module) -> AbstractContextManager[None]:
+        """While open, a quantized block computes what it will when it is served; the next block is calibrated on that.
+
+        For methods that round more than weights.
+        """
+        return nullcontext()
 
     def quantize_block(
         self, architecture: Architecture, block: nn.Module, path: str, inputs: BlockInputs

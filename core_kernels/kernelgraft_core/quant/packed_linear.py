@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .formats.layout import Layout
 from .w3a16.weight import W3A16Weight
 from .w4a16.weight import W4A16Weight
-from .weights import QuantizedWeight, linear
+from .weights import AnyWeight, linear
 
 
 class PackedLinear(nn.Module):
@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         return "words" in self._buffers
 
     @property
-    def weight(self) -> QuantizedWeight:
+    def weight(self) -> AnyWeight:
         """The weight in the kernels' layout."""
         if self.keeps_layout and not self.prepared:
             return self._unpack(self._stored_tensors())
@@ -89,7 +89,7 @@ class PackedLinear(nn.Module):
     def _stored_tensors(self) -> dict[str, Tensor]:
         return {name: self.get_buffer(name) for name in self.stored}
 
-    def _unpack(self, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    def _unpack(self, tensors: dict[str, Tensor]) -> AnyWeight:
         weight = self.layout.read(tensors)
         found = (weight.in_features, weight.out_features, weight.group_size)
         if found != (self.in_features, self.out_features, self.group_size):
@@ -98,7 +98,7 @@ class PackedLinear(nn.Module):
             )
         return weight
 
-    def _hold(self, weight: QuantizedWeight) -> None:
+    def _hold(self, weight: AnyWeight) -> None:
         # Buffers, so that whatever moves, counts or offloads a module sees them; the state dict has its own layout.
         *planes, scales, zeros = weight.tensors
         for name, tensor in zip(("words", "high_words"), planes, strict=False):

@@ -93,6 +93,11 @@ class Grid:
         """What integers ``(N, G, g)`` stand for."""
         return integers.sub(self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
 
+    @property
+    def shape(self) -> torch.Size:
+        """``(N, G)``."""
+        return self.scales.shape
+
     def columns(self) -> list[Grid]:
         """The grids of each group by themselves."""
         parts = zip(self.scales.split(1, 1), self.zeros.split(1, 1), strict=True)

@@ -115,7 +115,9 @@ def change_around(model: Any, changes: Mapping[str, TensorChange]) -> None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if changes and head is not None and head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
+        for config in (model.config, getattr(model.config, "text_config", None)):
+            if config is not None:
+                config.tie_word_embeddings = False
     for name, change in changes.items():
         parameter = model.get_parameter(name)
         parameter.data = change(parameter.data)
@@ -152,7 +154,8 @@ def quantize_blocks(
                 finished(index, block, outcome)
             if index + 1 < blocks.count:
                 # The next block is searched on what the quantized ones really produce, so that it can make up for it.
-                hidden = activations.keep(index + 1, calls.entering(index + 1, inputs.outputs(block)))
+                with method.as_served(architecture, block):
+                    hidden = activations.keep(index + 1, calls.entering(index + 1, inputs.outputs(block)))
         yield BlockResult(index, blocks.count, outcome)
 
 

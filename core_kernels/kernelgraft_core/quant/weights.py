@@ -14,7 +14,7 @@ QuantizedWeight = W4A16Weight | W3A16Weight
 AnyWeight = QuantizedWeight | W4A8Weight
 
 
-def pack_weight(q: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> QuantizedWeight:
+def pack_weight(q: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> W4A16Weight | W3A16Weight:
     """Pack integers ``q`` ``(N, K)`` in ``0 .. 2 ** bits - 1`` with ``scales`` and ``zeros`` ``(N, K / g)``.
 
     Raises:

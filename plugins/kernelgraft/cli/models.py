@@ -15,7 +15,16 @@ from .console import console, count_bytes, escape, table
 def quantize(
     model: Annotated[str, typer.Argument(help="Directory or hub name of the model to quantize.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it appears whole or not at all.")],
-    recipe: Annotated[str, typer.Option(help="awq, gptq, or rtn (plain rounding, to compare with).")] = "awq",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="awq, awq+gptq, gptq; qoq-g128, qoq-g64, qoq-chn (W4A8KV4); rtn (plain rounding, to compare with)."
+        ),
+    ] = "awq",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, a setting of the recipe, the value in JSON: rotate=false. Repeatable."),
+    ] = None,
     bits: Annotated[int, typer.Option(help="4 or 3.")] = 4,
     group_size: Annotated[
         str, typer.Option(help="32, 64, 128, -1 (whole rows) or auto: the largest that divides every layer.")
@@ -25,7 +34,8 @@ def quantize(
         str | None,
         typer.Option(
             "--format",
-            help="awq (AutoAWQ GEMM), compressed-tensors or kernelgraft. Default: awq, and kernelgraft for 3 bits.",
+            help="awq (AutoAWQ GEMM), compressed-tensors, kernelgraft or qoq. Default: awq; kernelgraft for 3 bits, "
+            "qoq for its recipes.",
         ),
     ] = None,
     text: Annotated[
@@ -67,7 +77,7 @@ def quantize(
     from kernelgraft_transformers.quantize import load_source, quantize_checkpoint
     from kernelgraft_transformers.texts import Calibration, read_text
 
-    size = parse_group_size(group_size)
+    size, of_recipe = parse_group_size(group_size), parse_settings(settings or [])
     check_replaceable(out, overwrite=overwrite)  # before minutes of work
     content = built_in_halves()[0] if text is None else read_text(text)
     source = load_source(model)
@@ -83,6 +93,7 @@ def quantize(
             group_size=size,
             symmetric=symmetric,
             layout=layout,
+            settings=of_recipe,
             calibration=calibration,
             batches=None if images is None else draw_image_samples(source, images, content, calibration),
             device=place.device,
@@ -188,6 +199,18 @@ def ppl(
             ),
         )
     print(f"{result:.4f}")
+
+
+def parse_settings(given: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` each, the value in JSON. Raises typer.BadParameter for anything else."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE with a value in JSON", param_hint="--set") from None
+    return settings
 
 
 def parse_group_size(text: str) -> int | None:

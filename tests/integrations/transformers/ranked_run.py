@@ -33,7 +33,10 @@ def main() -> None:
     die_after, blocks = settings.pop("die_after", None), []
 
     def seen(block):
-        weights = {name: [t.tolist() for t in weight.tensors] for name, weight in block.outcome.weights.items()}
+        weights = {
+            name: [None if t is None else t.tolist() for t in weight.tensors]
+            for name, weight in block.outcome.weights.items()
+        }
         blocks.append({"index": block.index, "weights": weights, "outcome": [asdict(r) for r in block.outcome.reports]})
         blocks[-1]["searches"] = [asdict(search) for search in block.outcome.searches]
         if block.index == die_after and rank == distributed.get_world_size() - 1:

@@ -264,11 +264,14 @@ def test_large_models_are_written_in_shards(source, plugin, tmp_path, round_to_n
         describe(out)
 
 
+QOQ = {"recipe": "qoq-g64"}
 REFUSED = [
     pytest.param({"text": ""}, "the text has 0 tokens; one calibration sample is 16", id="empty-text"),
     pytest.param({"text": "w1 w2 w3"}, "the text has 3 tokens; one calibration sample is 16", id="short"),
     pytest.param({"calibration": Calibration(0, 16)}, "0 samples of 16 tokens", id="no-samples"),
-    pytest.param({"recipe": "magic"}, "no recipe 'magic'; there are awq, awq\\+gptq, gptq, rtn", id="recipe"),
+    pytest.param(
+        {"recipe": "magic"}, "no recipe 'magic'; there are awq, .*gptq, qoq-chn, qoq-g128, .*rtn", id="recipe"
+    ),
     pytest.param(
         {"group_size": 48}, r"layers\.0\.self_attn\.q_proj: K = 64 is no multiple of group size 48", id="group"
     ),
@@ -279,6 +282,14 @@ REFUSED = [
         {"layout": "marlin"}, "no format 'marlin'; there are awq, compressed-tensors, kernelgraft", id="layout"
     ),
     pytest.param({"layout": "awq", "bits": 3}, "'awq' does not fit: bits = 3, but AutoAWQ GEMM has 4", id="awq-3"),
+    pytest.param({"layout": "qoq"}, "'qoq' does not hold what this recipe yields; possible: awq, ", id="other-layout"),
+    pytest.param({**QOQ, "layout": "awq"}, "'awq' does not hold what this recipe yields; possible: qoq", id="qoq-awq"),
+    pytest.param({**QOQ, "group_size": 32}, "qoq-g64 is for group size 64, not 32", id="qoq-group"),
+    pytest.param({"recipe": "qoq-g128"}, "K = 64 is no multiple of group size 128", id="qoq-large-group"),
+    pytest.param({"settings": {"rotate": True}}, "no setting rotate; there are clip_all, clip_steps, ", id="setting"),
+    pytest.param({**QOQ, "bits": 3}, "QoQ has asymmetric weights of 4 bits", id="qoq-3"),
+    pytest.param({**QOQ, "symmetric": True}, "QoQ has asymmetric weights of 4 bits", id="qoq-symmetric"),
+    pytest.param({**QOQ, "settings": {"weight_bits": None}}, "weight_bits=None rounds no weight", id="qoq-no-bits"),
     pytest.param({"batches": []}, "rank 0 of 1 has no calibration samples", id="no-batches"),
 ]
 

@@ -104,6 +104,20 @@ def test_plain_rounding_over_ranks_gives_the_bytes_of_one_process(float_llama, t
 
 
 @pytest.mark.slow
+def test_the_transforms_of_qoq_are_decided_on_what_all_ranks_see(float_llama, tmp_path):
+    for name in ("alone", "both"):
+        (tmp_path / name).mkdir()
+    assert finish([start(float_llama, tmp_path / "alone", recipe="qoq-chn")])[0] == [0]
+    assert together(float_llama, tmp_path / "both", recipe="qoq-chn")[0] == [0, 0]
+    assert decided(tmp_path / "both", 0) == decided(tmp_path / "both", 1)
+    for ours, wanted in zip(decided(tmp_path / "both"), decided(tmp_path / "alone"), strict=True):
+        for report, expected in zip(ours["outcome"], wanted["outcome"], strict=True):
+            assert report["name"] == expected["name"]
+            assert report["error_before"] == pytest.approx(expected["error_before"], rel=1e-2)
+            assert report["error_after"] == pytest.approx(expected["error_after"], rel=0.2)
+
+
+@pytest.mark.slow
 def test_after_one_rank_died_both_go_on_to_the_same_bytes(float_llama, both, tmp_path):
     codes, _ = together(float_llama, tmp_path, die_after=0)
     assert codes[1] == -9

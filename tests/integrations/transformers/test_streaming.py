@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kernelgraft_core.quant.architectures import find_architecture
-from kernelgraft_core.quant.outcome import BlockOutcome
+from kernelgraft_core.quant.outcome import BlockOutcome, Method
 from kernelgraft_core.quant.rounding import Scheme, fake_quantize
 from kernelgraft_core.quant.runner import InMemory, quantize_blocks
 from kernelgraft_core.quant.sequential import capture_block_calls
@@ -135,7 +135,7 @@ TOWERS = {
 }  # fmt: skip
 
 
-class Keep:
+class Keep(Method):
     """A method that changes nothing and remembers what enters each block."""
 
     def __init__(self):

@@ -1,13 +1,14 @@
 """Block by block, whatever the method: order, resuming, and what is refused before anything changes."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from kernelgraft_core.quant.architectures import find_architecture
 from kernelgraft_core.quant.awq import AwqMethod, rtn_config
-from kernelgraft_core.quant.outcome import BlockOutcome
+from kernelgraft_core.quant.outcome import BlockOutcome, Method
 from kernelgraft_core.quant.rounding import Scheme
 from kernelgraft_core.quant.runner import InMemory, ModelBlocks, quantize_blocks, quantize_model
 from kernelgraft_core.quant.sequential import capture_block_calls
@@ -41,7 +42,7 @@ def batches(count=3, length=16):
     return [torch.randint(0, 100, (1, length), generator=generator) for _ in range(count)]
 
 
-class Halving:
+class Halving(Method):
     """A method that halves what a block adds by its MLP, and remembers what it was given."""
 
     def __init__(self):
@@ -128,6 +129,47 @@ def test_going_on_in_the_middle_is_the_same_as_never_having_stopped(model):
     for (path, hidden), (again, found) in zip(whole[1:], rest, strict=True):
         assert path == again
         assert all(map(torch.equal, hidden, found))
+
+
+def test_the_next_block_sees_what_this_one_gives_when_it_is_served(model):
+    original = copy.deepcopy(model)
+
+    class Served(Halving):
+        """While a block is served as it will be, its MLP gives nothing."""
+
+        @contextmanager
+        def as_served(self, architecture, block):
+            with block.mlp.down_proj.register_forward_hook(lambda module, args, out: out * 0):
+                yield
+
+    method = Served()
+    run(model, method)
+    for layer in original.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    for index, (_, hidden) in enumerate(method.seen):
+        assert all(map(torch.equal, hidden, entering(original, index)))
+    assert all(layer.mlp.down_proj.weight.any() for layer in model.model.layers)
+
+
+class Around(Halving):
+    """A method that doubles the embeddings and puts ones into the head."""
+
+    def around(self, architecture, model):
+        return {"model.embed_tokens.weight": lambda w: 2 * w, "lm_head.weight": torch.ones_like}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_around_the_blocks_are_changed_before_the_first_is_calibrated(model, tied):
+    original = copy.deepcopy(model)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    method = Around()
+    run(model, method)
+    original.model.embed_tokens.weight.data *= 2
+    assert all(map(torch.equal, method.seen[0][1], entering(original, 0)))
+    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    assert (model.lm_head.weight == 1).all()
+    assert not model.config.tie_word_embeddings
 
 
 def test_a_finished_block_is_handed_over_before_the_inputs_of_the_next_are_kept(model):

@@ -44,6 +44,8 @@ class ScaleGroup:
         per_token: the inspected module treats every token by itself, so that it can be judged on scattered tokens.
         followers: modules that read the same activations and stay in full precision, such as routers; their input
             channels are multiplied by the scales too.
+        producers: linear layers whose output channels make those of the input one by one, through functions of single
+            numbers: putting them all in another order puts the input in that order. The gate and up layers of an MLP.
     """
 
     source: Source | None
@@ -51,6 +53,7 @@ class ScaleGroup:
     inspect: str
     per_token: bool = True
     followers: tuple[str, ...] = ()
+    producers: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Architecture:
         unclipped: endings of layer names whose weights are not clipped: clipping queries and keys harms the softmax.
         attention: where the heads of a block are (:mod:`~kernelgraft_core.quant.architectures.attention`); None where
             that is not known, and what works on single heads is refused.
+        writers: what writes the residual stream besides the embeddings of tokens and the blocks: patterns (as of
+            ``fnmatch``) of the names of linear layers, embeddings and bare parameters. A pattern may match nothing.
         towers: for a model with a language tower of its own type, ``config.text_config.model_type`` of those it
             describes; empty for any.
 
@@ -80,6 +85,7 @@ class Architecture:
     unclipped: tuple[str, ...] = ("q_proj", "k_proj")
     towers: tuple[str, ...] = ()
     attention: Callable[[nn.Module], Attention] | None = None
+    writers: tuple[str, ...] = ()
 
     def block_path(self, model: nn.Module) -> str:
         """Name of the list of decoder blocks.

@@ -38,7 +38,8 @@ class Attention:
         q, k, v: their rows, head after head.
         output: the linear layer behind the heads.
         head_size: channels of a head.
-        rotary: channels of a head, from its first, that rotary embeddings turn in pairs ``(i, i + rotary / 2)``.
+        rotary: channels of a head, from its first, that rotary embeddings turn in pairs; 0 without them.
+        interleaved: whether these pairs are neighbours, ``(2 i, 2 i + 1)``, and not ``(i, i + rotary / 2)``.
         q_norm, k_norm: norms of each head's queries and keys, where there are any; they come before the embeddings.
         norm_offset: what those norms add to their weight.
     """
@@ -52,6 +53,7 @@ class Attention:
     q_norm: str | None = None
     k_norm: str | None = None
     norm_offset: float = 0.0
+    interleaved: bool = False
 
     @property
     def heads(self) -> int:

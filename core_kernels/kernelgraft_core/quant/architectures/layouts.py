@@ -32,11 +32,12 @@ def phi3(block: nn.Module) -> tuple[ScaleGroup, ...]:
     heads, inner = output.in_features, down.in_features
     shared = linear_layer(block, "self_attn.qkv_proj").out_features != 3 * heads
     values = None if shared else Source("self_attn.qkv_proj", rows=((2 * heads, 3 * heads),))
+    gate, up = (Source("mlp.gate_up_proj", rows=((start, start + inner),)) for start in (0, inner))
     return (
         ScaleGroup(_norm(block, "input_layernorm"), ("self_attn.qkv_proj",), "self_attn", per_token=False),
         ScaleGroup(values, ("self_attn.o_proj",), "self_attn.o_proj"),
         ScaleGroup(_norm(block, "post_attention_layernorm"), ("mlp.gate_up_proj",), "mlp"),
-        ScaleGroup(Source("mlp.gate_up_proj", rows=((inner, 2 * inner),)), ("mlp.down_proj",), "mlp.down_proj"),
+        ScaleGroup(up, ("mlp.down_proj",), "mlp.down_proj", producers=(gate, up)),
     )
 
 
@@ -49,7 +50,7 @@ def opt(block: nn.Module) -> tuple[ScaleGroup, ...]:
     return (
         *_separate_attention(block, attention_norm, "self_attn.out_proj"),
         ScaleGroup(mlp_norm, ("fc1",), "fc1"),
-        ScaleGroup(_through(block.activation_fn, "fc1"), ("fc2",), "fc2"),
+        ScaleGroup(_through(block.activation_fn, "fc1"), ("fc2",), "fc2", producers=(Source("fc1"),)),
     )
 
 
@@ -60,13 +61,12 @@ def gpt_neox(block: nn.Module) -> tuple[ScaleGroup, ...]:
     assert isinstance(size, int)
     # Each head's rows are its queries, its keys, its values.
     values = tuple((start + 2 * size, start + 3 * size) for start in range(0, 3 * width, 3 * size))
+    inner, second = "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
     return (
         ScaleGroup(_norm(block, "input_layernorm"), ("attention.query_key_value",), "attention", per_token=False),
         ScaleGroup(Source("attention.query_key_value", rows=values), ("attention.dense",), "attention.dense"),
-        ScaleGroup(_norm(block, "post_attention_layernorm"), ("mlp.dense_h_to_4h",), "mlp"),
-        ScaleGroup(
-            _through(block.get_submodule("mlp").act, "mlp.dense_h_to_4h"), ("mlp.dense_4h_to_h",), "mlp.dense_4h_to_h"
-        ),
+        ScaleGroup(_norm(block, "post_attention_layernorm"), (inner,), "mlp"),
+        ScaleGroup(_through(block.get_submodule("mlp").act, inner), (second,), second, producers=(Source(inner),)),
     )
 
 
@@ -91,7 +91,15 @@ def _feed_forward(block: nn.Module, norm: Source | None) -> tuple[ScaleGroup, ..
     inner = tuple(f"{path}.{name}" for path in gated for name in ("gate_proj", "up_proj"))
     return (
         ScaleGroup(norm, inner, "mlp", followers=tuple(followers)),
-        *(ScaleGroup(Source(f"{path}.up_proj"), (f"{path}.down_proj",), f"{path}.down_proj") for path in gated),
+        *(
+            ScaleGroup(
+                Source(f"{path}.up_proj"),
+                (f"{path}.down_proj",),
+                f"{path}.down_proj",
+                producers=(Source(f"{path}.gate_proj"), Source(f"{path}.up_proj")),
+            )
+            for path in gated
+        ),
     )
 
 

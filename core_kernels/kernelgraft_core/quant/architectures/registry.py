@@ -30,7 +30,14 @@ ARCHITECTURES = (
     Architecture("Gemma 2 and 3", ("gemma2", "gemma3_text"), DECODER, _gemma, attention=_gemma_attention),
     Architecture("Gemma 3 with images", ("gemma3",), TOWER, _gemma, attention=_gemma_attention),
     Architecture("Phi-3", ("phi3",), DECODER, phi3, unclipped=("qkv_proj",), attention=fused_attention),
-    Architecture("OPT", ("opt",), ("model.decoder.layers",), opt, attention=_opt_attention),
+    Architecture(
+        "OPT",
+        ("opt",),
+        ("model.decoder.layers",),
+        opt,
+        attention=_opt_attention,
+        writers=("model.decoder.embed_positions",),
+    ),
     Architecture(
         "GPT-NeoX",
         ("gpt_neox",),
@@ -46,8 +53,16 @@ ARCHITECTURES = (
         gated_decoder,
         towers=("llama", "mistral", "qwen2"),
         attention=separate_attention,
+        writers=("*multi_modal_projector.linear_2", "*image_newline"),
     ),
-    Architecture("Qwen-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), TOWER, gated_decoder, attention=separate_attention),
+    Architecture(
+        "Qwen-VL",
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+        TOWER,
+        gated_decoder,
+        attention=separate_attention,
+        writers=("*visual.merger.mlp.2", "*visual.merger.linear_fc2", "*visual.deepstack_merger_list.*.linear_fc2"),
+    ),
 )
 
 _registered: dict[object, Architecture] = {}  # by registration: adapters may be equal

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from kernelgraft_core.quant.architectures import Architecture, ScaleGroup, fold, linear_layer
 from kernelgraft_core.quant.moments import InputStatistics, relative_error, within
-from kernelgraft_core.quant.outcome import BlockOutcome, LayerReport, SearchReport, TensorChange
+from kernelgraft_core.quant.outcome import BlockOutcome, LayerReport, Method, SearchReport
 from kernelgraft_core.quant.rounding import Grid, Scheme, fake_quantize, split_groups
 from kernelgraft_core.quant.runner import BlockResult, quantize_model
 from kernelgraft_core.quant.sequential import BlockInputs, watch_inputs
@@ -70,15 +69,11 @@ def quantize_awq(
     return quantize_model(model, batches, AwqMethod(config), scheme_group_size=config.scheme.group_size)
 
 
-class AwqMethod:
-    """The method for :mod:`kernelgraft_core.quant.runner`; see :class:`~kernelgraft_core.quant.outcome.Method`."""
+class AwqMethod(Method):
+    """The method for :mod:`kernelgraft_core.quant.runner`."""
 
     def __init__(self, config: AwqConfig) -> None:
         self.config = config
-
-    def around(self, architecture: Architecture, model: Any) -> Mapping[str, TensorChange]:
-        """Nothing."""
-        return {}
 
     def quantize_block(
         self, architecture: Architecture, block: nn.Module, path: str, inputs: BlockInputs

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernelgraft_core.quant.weights import QuantizedWeight
+from kernelgraft_core.quant.packed.weight import PackedWeight
+from kernelgraft_core.quant.weights import AnyWeight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -100,7 +101,7 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def _read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight: ...
+    def _read(self, tensors: Mapping[str, Tensor]) -> AnyWeight: ...
 
     @abstractmethod
     def _write(self, weight: Any) -> dict[str, Tensor]: ...
@@ -160,7 +161,7 @@ class Layout(ABC):
             raise ValueError(f"{', '.join(unknown)} is no part of a layer in {self.label}")
         return n, k
 
-    def read(self, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    def read(self, tensors: Mapping[str, Tensor]) -> AnyWeight:
         """The weight that the kernels take, exactly; scales become float16.
 
         Raises:
@@ -169,12 +170,14 @@ class Layout(ABC):
         self.check({part: StoredTensor.of(tensor) for part, tensor in tensors.items()})
         return self._read(tensors)
 
-    def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+    def write(self, weight: AnyWeight) -> dict[str, Tensor]:
         """The tensors of a layer, contiguous, in the order and dtypes of :meth:`parts`.
 
         Raises:
             ValueError: the weight has other bits or groups than this format, or a shape that it cannot hold.
         """
+        if not isinstance(weight, PackedWeight):
+            raise ValueError(f"{self.label} holds weights for activations of 16 bits, not a {type(weight).__name__}")
         n, k = weight.out_features, weight.in_features
         if weight.bits != self.bits:
             raise ValueError(f"the weight has {weight.bits} bits, the format {self.bits}")

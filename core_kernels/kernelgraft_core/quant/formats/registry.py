@@ -14,8 +14,10 @@ from .compressed_tensors import PackQuantized
 from .layout import Layout, StoredTensor
 from .llm_awq import LlmAwq
 from .native import FORMAT_VERSION, Native
+from .qoq import FORMAT_VERSION as QOQ_VERSION
+from .qoq import Qoq
 
-TARGETS: dict[str, type[Layout]] = {"awq": Gemm, "compressed-tensors": PackQuantized, "kernelgraft": Native}
+TARGETS: dict[str, type[Layout]] = {"awq": Gemm, "compressed-tensors": PackQuantized, "kernelgraft": Native, "qoq": Qoq}
 """The formats that are written, by the name that the command line gives them."""
 
 
@@ -113,4 +115,21 @@ def _native(config: Mapping[str, Any], _: Mapping[str, StoredTensor]) -> Layout:
     return Native(config.get("bits", 4), config.get("group_size", 128), symmetric)
 
 
-_READERS = {"awq": _awq, "compressed-tensors": _compressed_tensors, "kernelgraft_awq": _native}
+def _qoq(config: Mapping[str, Any], _: Mapping[str, StoredTensor]) -> Layout:
+    if config.get("format_version") != QOQ_VERSION:
+        raise ValueError(f"format_version = {config.get('format_version')!r}, expected {QOQ_VERSION}")
+    if config.get("act_bits", 8) != 8:
+        raise ValueError(f"act_bits = {config['act_bits']!r}, expected 8")
+    kv = config.get("kv") or {}
+    if not isinstance(kv, Mapping) or not kv.keys() <= {"bits", "smooth"}:
+        raise ValueError(f"kv = {kv!r}, expected bits and smooth")
+    return Qoq(
+        config.get("bits", 4),
+        config.get("group_size", 128),
+        zero_form=config.get("zero", "pre"),
+        kv_bits=kv.get("bits"),
+        kv_smooth=kv.get("smooth", False),
+    )
+
+
+_READERS = {"awq": _awq, "compressed-tensors": _compressed_tensors, "kernelgraft_awq": _native, "qoq": _qoq}

@@ -22,6 +22,8 @@ RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 class ColumnGrid(Protocol):
     """Grids ``(N, G)`` to round to, such as :class:`~kernelgraft_core.quant.rounding.Grid`."""
 
+    @property
+    def shape(self) -> torch.Size: ...
     def columns(self) -> Sequence[ColumnGrid]: ...
     def round(self, groups: Tensor) -> Tensor: ...
     def values(self, integers: Tensor) -> Tensor: ...
@@ -53,14 +55,14 @@ def gptq_round(
         NonFiniteError: the weight or the Hessian holds NaN or infinity, or no damping made the Hessian definite.
     """
     groups = grid.columns()
-    if not groups or weight.shape[1] % len(groups):
-        raise ValueError(f"weight is {tuple(weight.shape)}, but there are grids for {len(groups)} groups of columns")
+    if grid.shape[0] != weight.shape[0] or weight.shape[1] % max(len(groups), 1):
+        raise ValueError(f"weight is {tuple(weight.shape)}, but the grid is for {tuple(grid.shape)} groups")
 
     def to_grid(column: Tensor, group: int) -> tuple[Tensor, Tensor]:
         integers = groups[group].round(column.view(-1, 1, 1))
         return integers.flatten(), groups[group].values(integers).flatten()
 
-    size = weight.shape[1] // len(groups)
+    size = weight.shape[1] // max(len(groups), 1)
     return round_columns(weight, hessian, to_grid, group_size=size, block=block, damping=damping, order=order)
 
 

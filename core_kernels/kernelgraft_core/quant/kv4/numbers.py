@@ -1,7 +1,7 @@
 """Keys and values in 4 bits: a scale and a lower end per token and head, found when they are stored.
 
-``x ~ q * scale + low`` with ``q`` in 0..15 (KV4 of QServe, arXiv 2405.04532, with the lower end in place of a fractional
-zero point: the same information, exact for rows whose values are all equal).
+``x ~ q * scale + low`` with ``q`` in 0..15: KV4 of QServe (arXiv 2405.04532), with the lower end in place of a
+fractional zero point, which is the same information and exact for rows whose values are all equal.
 """
 
 from __future__ import annotations

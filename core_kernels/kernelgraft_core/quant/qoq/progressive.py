@@ -19,7 +19,10 @@ from kernelgraft_core.quant.w4a8 import W4A8Weight
 LEVELS = 15
 LARGEST = 127
 PROTECTED = 119  # the largest range whose groups, rounded by the rule of `ProgressiveGrid.spanning`, stay within int8
-STEPS = (-2, -1, 0, 1)  # how far candidates of a refinement are from the present step
+
+# Candidates of a search around a grid, step by zero point in steps. On layers of SmolLM2 finer sets gain nothing.
+STEPS = (-2, -1, 0, 1)
+SHIFTS = {"pre": (-1, 0, 1), "post": (-0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75)}
 
 ZeroForm = Literal["pre", "post"]
 
@@ -42,17 +45,12 @@ class ProgressiveGrid:
 
     @classmethod
     def spanning(cls, low: Tensor, high: Tensor, row: Tensor, zero: ZeroForm) -> ProgressiveGrid:
-        """The grids from ``low`` to ``high`` ``(N, G)``, for given row scales ``(N, 1)``; zero is on them."""
+        """The grids from ``low`` to ``high`` ``(N, G)``, zero always among them, for given row scales ``(N, 1)``."""
         low = (low / row).clamp(-PROTECTED, 0)
         high = (high / row).clamp(0, PROTECTED)
         step = ((high - low) / LEVELS).round().clamp(min=1)
         offset = (-low / step).round().clamp(0, LEVELS) * step if zero == "pre" else (-low).round()
-        return cls(row, step, offset.clamp(max=128), zero)
-
-    @classmethod
-    def nearest(cls, groups: Tensor, zero: ZeroForm) -> ProgressiveGrid:
-        """The grids over the whole range of every group of weights ``(N, G, g)``."""
-        return cls.spanning(groups.amin(-1), groups.amax(-1), row_scale(groups), zero)
+        return cls(row, step, offset, zero)
 
     def round(self, groups: Tensor) -> Tensor:
         """Integers of weights ``(N, G, g)``, in their dtype; never such that int8 would overflow."""
@@ -73,6 +71,11 @@ class ProgressiveGrid:
         step, offset = torch.where(chosen, self.step, other.step), torch.where(chosen, self.offset, other.offset)
         return ProgressiveGrid(self.row, step, offset, self.zero)
 
+    @property
+    def shape(self) -> torch.Size:
+        """``(N, G)``."""
+        return self.step.shape
+
     def columns(self) -> list[ProgressiveGrid]:
         """The grids of each group by themselves."""
         parts = zip(self.step.split(1, 1), self.offset.split(1, 1), strict=True)
@@ -84,19 +87,15 @@ class ProgressiveGrid:
         return ProgressiveGrid(self.row, step, offset, self.zero)
 
     def nearby(self) -> Iterator[ProgressiveGrid]:
-        """Grids that a search goes on to from here."""
+        """Grids that a search goes on to from here: a wider or narrower step, and a shift, around the same zero."""
         for change in STEPS:
             step = (self.step + change).clamp(min=1)
-            for shift in (-1, 0, 1) if self.zero == "pre" else (-1, -0.5, 0, 0.5, 1):
-                if self.zero == "pre":
-                    offset = ((self.offset / self.step).round() + shift).clamp(0, LEVELS) * step
-                else:
-                    offset = (self.offset + shift * step).round().clamp(min=0)
+            for shift in SHIFTS[self.zero]:
+                zero = self.offset / self.step + shift
+                offset = ((zero * step) if self.zero == "post" else zero.round().clamp(0, LEVELS) * step).round()
                 if (change, shift) != (0, 0):
-                    fits = offset <= 128
-                    yield ProgressiveGrid(
-                        self.row, torch.where(fits, step, self.step), torch.where(fits, offset, self.offset), self.zero
-                    )
+                    fits = (offset >= 0) & (offset <= LARGEST + 1)
+                    yield ProgressiveGrid(self.row, step, offset, self.zero).where(fits, self)
 
     def pack(self, integers: Tensor) -> W4A8Weight:
         """The weight of integers ``(N, G, g)``."""

@@ -6,6 +6,8 @@ layers that produce them are sorted the same way, so that nothing has to be move
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -45,23 +47,13 @@ def reorder_heads(block: nn.Module, attention: Attention, order: Tensor) -> None
 
 
 @torch.no_grad()
-def reorder_inner(block: nn.Module, source: Source, target: str, order: Tensor) -> None:
-    """Sort the inner channels of an MLP: what ``source`` and its gate give, and the columns of ``target``, in place."""
-    for rows in _inner_rows(block, source):
-        permute_rows(block, rows, order)
+def reorder_inner(block: nn.Module, producers: Iterable[Source], target: str, order: Tensor) -> None:
+    """Sort the input channels of ``target``, and the channels of the ``producers`` that make them, in place."""
+    for producer in producers:
+        whole = ((0, linear_layer(block, producer.module).out_features),)
+        permute_rows(block, Rows(producer.module, producer.rows or whole), order)
     layer = linear_layer(block, target)
     layer.weight.data = layer.weight.data[:, order].contiguous()
-
-
-def _inner_rows(block: nn.Module, source: Source) -> list[Rows]:
-    """The rows that produce an MLP's inner channels: one layer's, or those of gate and up."""
-    width = linear_layer(block, source.module).out_features
-    if source.rows is not None:  # gate and up in one layer, the gate first
-        return [Rows(source.module, ((0, width // 2),)), Rows(source.module, ((width // 2, width),))]
-    names, gate = [source.module], source.module.replace("up_proj", "gate_proj")
-    if gate != source.module:
-        names.append(gate)
-    return [Rows(name, ((0, width),)) for name in names]
 
 
 @torch.no_grad()

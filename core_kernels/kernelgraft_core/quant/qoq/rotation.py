@@ -1,13 +1,15 @@
 """Block input rotation: the residual stream turned by a Hadamard matrix, which spreads outliers over all channels.
 
-Section 4.2 of QServe (arXiv 2405.04532), after QuaRot. A turn commutes with RMSNorm once the norm's own weight has
-moved into the layers that read it. Everything that writes the stream is turned one way, what reads it the other:
-nothing changes until weights or activations are rounded, and nothing is computed at run time.
+Section 4.2 of QServe (arXiv 2405.04532), after QuaRot (arXiv 2404.00456). A turn commutes with RMSNorm once the norm's
+own weight has moved into the layers that read it, and with LayerNorm if it leaves the mean of every token as it is.
+Everything that writes the stream is turned one way, what reads it the other: nothing changes until weights or
+activations are rounded, and nothing is computed at run time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -19,144 +21,188 @@ from kernelgraft_core.quant.architectures.folding import weight_of
 from kernelgraft_core.quant.outcome import TensorChange
 from kernelgraft_core.runtime.errors import UnsupportedModelError
 
-from .hadamard import hadamard
-
-
-def check_rotation(architecture: Architecture, model: Any) -> None:
-    """Refuse a model whose stream cannot be turned.
-
-    Raises:
-        UnsupportedModelError: with what is in the way; the message says that rotation can be switched off.
-    """
-    reason = _obstacle(architecture, model)
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be rotated: {reason}. QoQ without rotation: settings rotate=False"
-        )
-
-
-def _obstacle(architecture: Architecture, model: Any) -> str | None:
-    width = _width(model)
-    try:
-        hadamard(width)
-    except ValueError as error:
-        return str(error)
-    if getattr(model.config, "vision_config", None) is not None:
-        return "pictures enter its residual stream as they are"
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm) or (type(module).__name__.endswith("LayerNorm")):
-            return "it has LayerNorms, which subtract the mean of the stream; RMSNorms are needed"
-    for index, block in enumerate(architecture.block_list(model)):
-        readers = {group.source.module for group in _readers(architecture, block) if group.source is not None}
-        norms = {name for name, m in block.named_modules() if _is_norm(m) and len(weight_of(m)) == width}
-        if other := sorted(norms - readers):
-            return f"{other[0]} of block {index} is a norm behind a layer that writes the stream"
-        if not readers:
-            return f"block {index} has no norms in front of its layers"
-    _final_norm(architecture, model)
-    return None
+from .turn import Turn
 
 
 def around_blocks(architecture: Architecture, model: Any) -> Mapping[str, TensorChange]:
-    """What becomes of the embeddings, the last norm and the output head, by the names of their tensors.
+    """What becomes of tensors outside the blocks, by name: what writes the stream, the last norm, the output head.
 
-    The model is not changed. The last norm must be in memory. A head that shares the embeddings' tensor gets one of its
-    own, under the name ``"<head>.weight"``, made from the embeddings' original.
+    The model is not changed. The last norm must be in memory, everything else may be on the meta device. A head that
+    shares the embeddings' tensor gets one of its own, made from the embeddings' original.
+
+    Raises:
+        UnsupportedModelError: the stream of this model cannot be turned. The message says what is in the way, and that
+            rotation can be switched off.
     """
-    turn = hadamard(_width(model))
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {module: name for name, module in model.named_modules()}
-    norm_name, norm = _final_norm(architecture, model)
-    offset = norm_offset(architecture, model)
-    gain = weight_of(norm).double() + offset
-    return {
-        f"{names[embeddings]}.weight": lambda w: _turned(w, turn),
-        f"{norm_name}.weight": lambda w: torch.full_like(w, 1 - offset),
-        f"{names[head]}.weight": lambda w: _turned(w.double() * gain.to(w.device), turn).to(w.dtype),
-    }
+    try:
+        turn = _turn_of_model(architecture, model)
+        return dict(_written(architecture, model, turn)) | _last_norm_and_head(architecture, model, turn)
+    except (UnsupportedModelError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be rotated: {error}. QoQ without rotation: settings rotate=False"
+        ) from None
 
 
 @torch.no_grad()
-def rotate_block(architecture: Architecture, block: nn.Module, attention: Attention | None) -> None:
-    """Turn what a block reads and writes, in place, and the heads between values and attention output."""
-    readers = _readers(architecture, block)
-    read = [name for group in readers for name in (*group.targets, *group.followers)]
-    turn = hadamard(weight_of(block.get_submodule(read[0])).shape[-1])
+def rotate_block(architecture: Architecture, block: nn.Module) -> None:
+    """Turn what a block reads and writes, in place; its norms lose their weights to the layers that read them."""
+    groups = architecture.scale_groups(block)
+    readers = [group for group in groups if _norm_in_front(block, group) is not None]
+    turn = _turn_of_block(block, readers)
     for group in readers:
-        assert group.source is not None
-        norm = weight_of(block.get_submodule(group.source.module))
-        gain = norm.double() + group.source.offset
-        for name in (*group.targets, *group.followers):
-            weight = weight_of(block.get_submodule(name))
-            weight.copy_(_turned(weight.double() * gain, turn))
-        norm.fill_(1 - group.source.offset)
-    for group in architecture.scale_groups(block):
+        _turn_readers(block, group, turn)
+    for group in groups:
         if group not in readers:
             for name in group.targets:
-                _turn_output(linear_layer(block, name), turn)
-    if attention is not None:
-        _rotate_heads(block, attention)
+                layer = linear_layer(block, name)
+                layer.weight.copy_(turn.columns(layer.weight))
+                if layer.bias is not None:
+                    layer.bias.copy_(turn.rows(layer.bias))
 
 
-def _rotate_heads(block: nn.Module, attention: Attention) -> None:
-    size = attention.head_size
-    try:
-        turn = hadamard(size)
-    except ValueError:
-        return  # heads of such a size stay as they are
+@torch.no_grad()
+def rotate_heads(block: nn.Module, attention: Attention) -> None:
+    """Turn the values of every head, and the columns of the attention output that read them, in place.
+
+    Raises:
+        ValueError: there is no Hadamard matrix of the size of a head.
+    """
+    turn = Turn(attention.head_size)
     values, output = linear_layer(block, attention.v.module), linear_layer(block, attention.output)
     rows = attention.v.index(values.weight.device)
-    heads = values.weight[rows].double().view(-1, size, values.in_features)
-    values.weight[rows] = (turn.T.to(heads.device) @ heads).view(len(rows), -1).to(values.weight.dtype)
+    heads = values.weight[rows].view(-1, turn.width, values.in_features)
+    values.weight[rows] = turn.rows(heads.transpose(1, 2)).transpose(1, 2).flatten(0, 1)
     if values.bias is not None:
-        bias = values.bias[rows].double().view(-1, size)
-        values.bias[rows] = (bias @ turn.to(bias.device)).flatten().to(values.bias.dtype)
-    columns = output.weight.double().view(output.out_features, -1, size)
-    output.weight.copy_((columns @ turn.to(columns.device)).flatten(1))
+        values.bias[rows] = turn.rows(values.bias[rows].view(-1, turn.width)).flatten()
+    output.weight.copy_(turn.rows(output.weight.view(output.out_features, -1, turn.width)).flatten(1))
 
 
-def _turned(weight: Tensor, turn: Tensor) -> Tensor:
-    """``W Q``, computed in float64."""
-    return (weight.double() @ turn.to(weight.device)).to(weight.dtype)
+def _turn_readers(block: nn.Module, group: ScaleGroup, turn: Turn) -> None:
+    """The layers behind a norm take over its weight and bias."""
+    assert group.source is not None
+    norm = block.get_submodule(group.source.module)
+    gain, shift = weight_of(norm).double() + group.source.offset, _bias(norm)
+    for name in (*group.targets, *group.followers):
+        layer = block.get_submodule(name)
+        weight, bias = weight_of(layer), _bias(layer)
+        if shift is not None:
+            assert bias is not None
+            bias += weight @ shift
+        weight.copy_(turn.rows(weight.double() * gain))
+    weight_of(norm).fill_(1 - group.source.offset)
+    if shift is not None:
+        shift.zero_()
 
 
-def _turn_output(layer: nn.Linear, turn: Tensor) -> None:
-    turn = turn.to(layer.weight.device)
-    layer.weight.copy_(turn.T @ layer.weight.double())
-    if layer.bias is not None:
-        layer.bias.copy_(layer.bias.double() @ turn)
-
-
-def _readers(architecture: Architecture, block: nn.Module) -> list[ScaleGroup]:
-    """The groups whose source is a norm: they read the residual stream."""
-    return [
-        group
-        for group in architecture.scale_groups(block)
-        if group.source is not None and _is_norm(block.get_submodule(group.source.module))
-    ]
-
-
-def norm_offset(architecture: Architecture, model: Any) -> float:
-    """What the model's norms add to their weight."""
-    block = architecture.block_list(model)[0]
-    return next(group.source.offset for group in _readers(architecture, block) if group.source is not None)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1
-
-
-def _final_norm(architecture: Architecture, model: Any) -> tuple[str, nn.Module]:
-    parent = architecture.block_path(model).rpartition(".")[0]
-    found = [(name, child) for name, child in model.get_submodule(parent).named_children() if _is_norm(child)]
-    if len(found) != 1:
-        raise UnsupportedModelError(f"{parent} has {len(found)} norms behind its blocks, expected one")
-    name, module = found[0]
-    return f"{parent}.{name}" if parent else name, module
-
-
-def _width(model: Any) -> int:
+def _turn_of_model(architecture: Architecture, model: Any) -> Turn:
+    """The turn that suits all blocks and what is around them; refuses what no turn suits."""
+    turns = []
+    for index, block in enumerate(architecture.block_list(model)):
+        groups = architecture.scale_groups(block)
+        readers = [group for group in groups if _norm_in_front(block, group) is not None]
+        if not readers or any(group.source is None and group.inspect in ("self_attn", "mlp") for group in groups):
+            raise UnsupportedModelError(f"block {index} has no norm with a weight in front of its layers")
+        turns.append(_turn_of_block(block, readers))
+        _check_norms(architecture, block, readers, index)
     width = model.get_input_embeddings().weight.shape[1]
-    assert isinstance(width, int)
-    return width
+    if width != turns[0].width:
+        raise UnsupportedModelError(f"its embeddings are {width} wide, its residual stream {turns[0].width}")
+    return turns[0]
+
+
+def _turn_of_block(block: nn.Module, readers: list[ScaleGroup]) -> Turn:
+    norms = [norm for group in readers if (norm := _norm_in_front(block, group)) is not None]
+    return Turn(len(weight_of(norms[0])), centred=_centres(norms))
+
+
+def _check_norms(architecture: Architecture, block: nn.Module, readers: list[ScaleGroup], index: int) -> None:
+    """Refuse norms behind the layers that write the stream, and biases of norms that no layer can take over."""
+    attention = architecture.attention(block) if architecture.attention else None
+    of_heads = {attention.q_norm, attention.k_norm} if attention is not None else set()
+    known = {group.source.module for group in readers if group.source is not None}
+    for name, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1 and name not in known | of_heads:
+            raise UnsupportedModelError(f"{name} of block {index} is a norm behind a layer that writes the stream")
+    for group in readers:
+        norm = _norm_in_front(block, group)
+        if norm is None or _bias(norm) is None:
+            continue
+        for name in (*group.targets, *group.followers):
+            if _bias(block.get_submodule(name)) is None:
+                raise UnsupportedModelError(f"{name} of block {index} has no bias to take over that of the norm before")
+
+
+def _written(architecture: Architecture, model: Any, turn: Turn) -> Iterator[tuple[str, TensorChange]]:
+    """The embeddings, and whatever else writes the stream outside the blocks."""
+    embeddings = model.get_input_embeddings()
+    others = 0
+    for name, module in model.named_modules():
+        if module is embeddings:
+            yield f"{name}.weight", turn.rows
+        elif not any(fnmatch(name, pattern) for pattern in architecture.writers):
+            continue
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            others += 1
+            yield f"{name}.weight", turn.columns if isinstance(module, nn.Linear) else turn.rows
+            if _bias(module) is not None:
+                yield f"{name}.bias", turn.rows
+        else:
+            raise UnsupportedModelError(f"{name}, which writes the residual stream, is {type(module).__name__}")
+    for name, _ in model.named_parameters():
+        if any(fnmatch(name, pattern) for pattern in architecture.writers):
+            yield name, turn.rows
+    if getattr(model.config, "vision_config", None) is not None and not others:
+        raise UnsupportedModelError("the adapter does not say which layers write pictures into its residual stream")
+
+
+def _last_norm_and_head(architecture: Architecture, model: Any, turn: Turn) -> dict[str, TensorChange]:
+    path = architecture.block_path(model).rpartition(".")[0]
+    children = {f"{path}.{name}".lstrip("."): child for name, child in model.get_submodule(path).named_children()}
+    norms = {name: child for name, child in children.items() if isinstance(getattr(child, "weight", None), Tensor)
+             and child.weight.dim() == 1}  # fmt: skip
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    if len(norms) != 1 or head is None:
+        raise UnsupportedModelError(f"{path} has {len(norms)} norms behind its blocks and the head {head}")
+    ((name, norm),) = norms.items()
+    block = architecture.block_list(model)[0]
+    sources = [group.source for group in architecture.scale_groups(block) if _norm_in_front(block, group) is not None]
+    if _centres([norm]) != _centres([block.get_submodule(source.module) for source in sources if source is not None]):
+        raise UnsupportedModelError(f"{name} and the norms of its blocks are of different kinds")
+    offset = next(source.offset for source in sources if source is not None)
+    gain, bias = weight_of(norm).double() + offset, _bias(norm)
+    changes: dict[str, TensorChange] = {
+        f"{name}.weight": lambda w: torch.full_like(w, 1 - offset),
+        f"{head}.weight": lambda w: turn.rows(w.double() * gain.to(w.device)).to(w.dtype),
+    }
+    if bias is not None:
+        # A head has no bias that could take it over.
+        if bool(((gain == 0) & (bias != 0)).any()):
+            raise UnsupportedModelError(f"{name} has a bias where its weight is 0")
+        changes[f"{name}.bias"] = lambda b: turn.rows(b / torch.where(gain == 0, 1, gain).to(b.device)).to(b.dtype)
+    return changes
+
+
+def _norm_in_front(block: nn.Module, group: ScaleGroup) -> nn.Module | None:
+    """The norm whose output a group's layers read, if one is what feeds them: then they read the residual stream."""
+    if group.source is None or group.producers:
+        return None  # layers make their inputs, which do not exist by themselves while experts are fused
+    module = block.get_submodule(group.source.module)
+    return module if weight_of(module).dim() == 1 else None
+
+
+def _centres(norms: list[nn.Module]) -> bool:
+    """Whether norms subtract the mean."""
+    kinds = set()
+    for norm in norms:
+        if not isinstance(norm, nn.LayerNorm) and "RMSNorm" not in type(norm).__name__:
+            raise UnsupportedModelError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
+        kinds.add(isinstance(norm, nn.LayerNorm))
+    if len(kinds) != 1:
+        raise UnsupportedModelError("its blocks have LayerNorms and RMSNorms")
+    return kinds.pop()
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias.data if isinstance(bias, Tensor) else None

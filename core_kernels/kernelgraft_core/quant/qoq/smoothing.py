@@ -14,6 +14,8 @@ from kernelgraft_core.quant.architectures import Source, fold, linear_layer
 from kernelgraft_core.quant.architectures.attention import Attention, Rows
 from kernelgraft_core.quant.architectures.folding import weight_of
 
+SMALLEST = 1e-5  # magnitudes below count as this
+
 
 def attention_scales(attention: Attention, largest: Tensor, alpha: float) -> Tensor:
     """What keys are divided by: ``(kv_heads, head_size)``, ``largest ** alpha`` with geometric centre 1 per head.
@@ -24,13 +26,12 @@ def attention_scales(attention: Attention, largest: Tensor, alpha: float) -> Ten
     Args:
         largest: ``(kv_heads * head_size,)`` largest magnitude of every key channel, behind the norm if there is one.
     """
-    by_head = largest.view(attention.kv_heads, attention.head_size).clamp(min=1e-5)
+    by_head = largest.view(attention.kv_heads, attention.head_size).clamp(min=SMALLEST)
     if attention.k_norm is not None:
         by_head = by_head.amax(0, keepdim=True).expand_as(by_head)
     turned = attention.rotary
     pairs = by_head[:, :turned].view(len(by_head), 2, turned // 2).amax(1, keepdim=True).expand(-1, 2, -1)
-    scales = torch.cat([pairs.flatten(1), by_head[:, turned:]], 1).pow(alpha)
-    return scales / scales.log().mean(-1, keepdim=True).exp()
+    return _centred(torch.cat([pairs.flatten(1), by_head[:, turned:]], 1).pow(alpha))
 
 
 @torch.no_grad()
@@ -43,13 +44,31 @@ def smooth_attention(block: nn.Module, attention: Attention, scales: Tensor) -> 
             weight.copy_((weight + offset) * factor.to(weight.dtype) - offset)
         return
     _scale_rows(block, attention.k, 1 / scales.flatten())
-    _scale_rows(block, attention.q, scales.repeat_interleave(attention.heads // attention.kv_heads, 0).flatten())
+    _scale_rows(block, attention.q, _for_queries(attention, scales))
 
 
-def output_scales(largest: Tensor, weight: Tensor, alpha: float, beta: float) -> Tensor:
+def value_scales(attention: Attention, largest: Tensor, weight: Tensor, exponents: tuple[float, float]) -> Tensor:
+    """What values are divided by, ``(kv_heads, head_size)``: :func:`output_scales`, the largest of heads that share.
+
+    Args:
+        largest: ``(heads * head_size,)`` largest magnitude of every input channel of the attention output.
+        weight: of the attention output.
+    """
+    shape = attention.kv_heads, -1, attention.head_size
+    shared = largest.view(shape).amax(1).flatten(), weight.abs().amax(0).view(shape).amax(1).flatten()
+    return _ratio(*shared, exponents).view(attention.kv_heads, attention.head_size)
+
+
+@torch.no_grad()
+def smooth_values(block: nn.Module, attention: Attention, scales: Tensor) -> None:
+    """Divide values by ``scales`` ``(kv_heads, head_size)``, and make up for it in the attention output, in place."""
+    _scale_rows(block, attention.v, 1 / scales.flatten())
+    linear_layer(block, attention.output).weight.mul_(_for_queries(attention, scales))
+
+
+def output_scales(largest: Tensor, weight: Tensor, exponents: tuple[float, float]) -> Tensor:
     """``(K,)``: what the inputs of a layer are divided by, ``|x| ** alpha / |W| ** beta`` by largest magnitudes."""
-    scales = largest.clamp(min=1e-5).pow(alpha) / weight.abs().amax(0).clamp(min=1e-5).pow(beta)
-    return scales / scales.log().mean().exp()
+    return _ratio(largest, weight.abs().amax(0), exponents)
 
 
 @torch.no_grad()
@@ -57,6 +76,20 @@ def smooth_output(block: nn.Module, source: Source, target: str, scales: Tensor)
     """Divide what ``source`` gives by ``scales`` and multiply the input channels of ``target`` by them, in place."""
     fold(block, source, (), scales)
     linear_layer(block, target).weight.mul_(scales)
+
+
+def _for_queries(attention: Attention, scales: Tensor) -> Tensor:
+    """Scales of heads of keys and values as those of the queries' heads that read them, flat."""
+    return scales.repeat_interleave(attention.heads // attention.kv_heads, 0).flatten()
+
+
+def _ratio(inputs: Tensor, weights: Tensor, exponents: tuple[float, float]) -> Tensor:
+    alpha, beta = exponents
+    return _centred(inputs.clamp(min=SMALLEST).pow(alpha) / weights.clamp(min=SMALLEST).pow(beta))
+
+
+def _centred(scales: Tensor) -> Tensor:
+    return scales / scales.log().mean(-1, keepdim=True).exp()
 
 
 def _scale_rows(block: nn.Module, rows: Rows, factor: Tensor) -> None:

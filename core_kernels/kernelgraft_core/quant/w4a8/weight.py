@@ -99,7 +99,7 @@ class W4A8Weight:
         """The least and the largest int8 value of every group, int32 ``(N, G)``, as they would be without overflow."""
         assert self.group_scale is not None
         assert self.group_zero is not None
-        integers = self.integers().view(*self.group_scale.shape, -1)
+        integers = self.integers().unflatten(1, (self.group_scale.shape[1], -1))
         scale, zero = self.group_scale.int(), self.group_zero.int()
         return integers.amin(-1).int() * scale - zero, integers.amax(-1).int() * scale - zero
 
@@ -113,8 +113,8 @@ class W4A8Weight:
         if self.group_scale is None or self.group_zero is None:
             assert self.zero is not None
             return (q.to(torch.int16) - self.zero.unsqueeze(-1)).to(torch.int8)
-        groups = q.view(*self.group_scale.shape, -1).to(torch.int16)
-        expanded = groups * self.group_scale.unsqueeze(-1) - self.group_zero.unsqueeze(-1)
+        groups = q.unflatten(1, (self.group_scale.shape[1], -1)).to(torch.int16)
+        expanded: Tensor = groups * self.group_scale.unsqueeze(-1) - self.group_zero.unsqueeze(-1)
         return expanded.to(torch.int8).view_as(q)
 
     def values(self, dtype: torch.dtype) -> Tensor:
@@ -153,8 +153,8 @@ class W4A8Weight:
 
     @property
     def group_size(self) -> int:
-        """Columns that share a scale; -1 is the whole row."""
-        return -1 if self.group_scale is None else self.in_features // self.group_scale.shape[1]
+        """Columns that share a zero point; K where that is the whole row."""
+        return self.in_features // (1 if self.group_scale is None else self.group_scale.shape[1])
 
     @property
     def device(self) -> torch.device:

@@ -1,11 +1,13 @@
 """The AWQ clip search: its error is that of the tokens themselves, and no group ends up worse than unclipped."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelgraft_core.quant.awq.clip import search_grid
+from kernelgraft_core.quant.awq import clip
 from kernelgraft_core.quant.rounding import Grid, Scheme, nearest_grid
 
 RELAXED = settings(deadline=None, max_examples=25)  # other processes take their time too
@@ -25,6 +27,10 @@ def case(seed=0, dtype=torch.float32, tail=3):
     weights = torch.randn(N, G, SIZE, generator=generator, dtype=dtype) ** tail
     tokens = torch.randn(TOKENS, G, SIZE, generator=generator, dtype=dtype)
     return weights, tokens * torch.rand(G, SIZE, generator=generator, dtype=dtype).exp() ** 2
+
+
+def search_grid(weights, moments, scheme, **options):
+    return clip.search_grid(weights, moments, partial(Grid.spanning, scheme=scheme), **options)
 
 
 def moments_of(tokens):

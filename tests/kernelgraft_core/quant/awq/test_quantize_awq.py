@@ -13,7 +13,8 @@ from kernelgraft_core.quant.awq import (
     quantize_awq,
     rtn_config,
 )
-from kernelgraft_core.quant.rounding import Scheme, fake_quantize, nearest_grid
+from kernelgraft_core.quant.awq.grids import GridSearch
+from kernelgraft_core.quant.rounding import Scheme, fake_quantize
 from kernelgraft_core.runtime.errors import NonFiniteError
 
 transformers = pytest.importorskip("transformers")
@@ -80,16 +81,22 @@ def test_scales_alone_leave_the_logits_unchanged(monkeypatch, kv_heads, biases, 
     class Unrounded:
         """Search and folding stay as they are; what is put back at the end is the scaled weight itself."""
 
-        def __init__(self, groups, scheme):
-            self._groups, self._nearest = groups, nearest_grid(groups, scheme)
+        def __init__(self, groups, grid):
+            self._groups, self._grid = groups, grid
 
         def __getattr__(self, name):
-            return getattr(self._nearest, name)
+            return getattr(self._grid, name)
 
         def values(self, integers):
             return self._groups.clone()
 
-    monkeypatch.setattr(algorithm, "nearest_grid", Unrounded)
+    run = GridSearch.run
+
+    def keep_groups(search, groups, *args, **options):
+        grid, integers = run(search, groups, *args, **options)
+        return Unrounded(groups, grid), integers
+
+    monkeypatch.setattr(GridSearch, "run", keep_groups)
     model = llama(kv_heads, dtype, attention_bias=biases, mlp_bias=biases)
     before, norm = logits(model), model.model.layers[1].input_layernorm.weight.clone()
 

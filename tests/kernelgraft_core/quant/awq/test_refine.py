@@ -1,14 +1,16 @@
 """Grids that make up for each other: the error of whole rows falls, and each step is the best of its candidates."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernelgraft_core.quant.awq.clip import search_grid
-from kernelgraft_core.quant.awq.refine import RATIOS, SHIFTS, refine_grid
+from kernelgraft_core.quant.awq.refine import refine_grid
 from kernelgraft_core.quant.moments import group_moments
-from kernelgraft_core.quant.rounding import Grid, Scheme, nearest_grid
+from kernelgraft_core.quant.rounding import RATIOS, SHIFTS, Grid, Scheme, nearest_grid
 
 RELAXED = settings(deadline=None, max_examples=25)  # other processes take their time too
 
@@ -39,7 +41,7 @@ def row_errors(weights, moments, grid):
 @given(st.integers(0, 2**16), st.integers(1, 3), st.sampled_from([0.0, 1.0, 10.0]))
 def test_no_row_gets_worse(scheme, seed, sweeps, shared):
     weights, moments = case(seed, shared=shared)
-    start = search_grid(weights, group_moments(moments, SIZE), scheme)
+    start = search_grid(weights, group_moments(moments, SIZE), partial(Grid.spanning, scheme=scheme))
     found = refine_grid(weights, moments, start, sweeps=sweeps)
     before, after = (row_errors(weights, moments, grid) for grid in (start, found))
     assert (after <= before * (1 + 1e-9)).all()
@@ -48,7 +50,7 @@ def test_no_row_gets_worse(scheme, seed, sweeps, shared):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_errors_that_add_up_across_groups_are_made_up_for(scheme):
     weights, moments = case(shared=3.0)
-    start = search_grid(weights, group_moments(moments, SIZE), scheme)
+    start = search_grid(weights, group_moments(moments, SIZE), partial(Grid.spanning, scheme=scheme))
     sums = [row_errors(weights, moments, refine_grid(weights, moments, start, sweeps=n)).sum() for n in range(3)]
     assert sums[1] < 0.8 * sums[0]
     assert sums[2] <= sums[1]

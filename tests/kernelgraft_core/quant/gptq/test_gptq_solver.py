@@ -45,6 +45,12 @@ def nearest(weight, scheme):
     return grid.round(split_groups(weight, scheme.group_size)).flatten(1), grid
 
 
+def gptq(weight, hessian, scheme, **options):
+    """Integers, and the grids over the whole range of every group that they are on."""
+    grid = nearest(weight, scheme)[1]
+    return gptq_round(weight, hessian, grid, **options), grid
+
+
 def textbook(weight, hessian, grid, damping, order):
     """Algorithm 1 of the paper without its blocks and without Cholesky: the inverse shrinks by one row at a time."""
     k = weight.shape[1]
@@ -66,7 +72,7 @@ def textbook(weight, hessian, grid, damping, order):
 @pytest.mark.parametrize("block", [1, 7, 128])
 def test_it_is_the_recursion_of_the_paper_whatever_the_block(scheme, order, block):
     weight, hessian = problem()
-    integers, grid = gptq_round(weight, hessian, scheme, block=block, order=order)
+    integers, grid = gptq(weight, hessian, scheme, block=block, order=order)
     assert torch.equal(integers, textbook(weight, hessian, grid, 0.01, order))
     assert torch.equal(grid.scales, nearest(weight, scheme)[1].scales)
 
@@ -77,7 +83,7 @@ def test_it_loses_less_than_rounding_to_nearest(scheme, order):
     lost = {"gptq": 0.0, "nearest": 0.0}
     for seed in range(8):
         weight, hessian = problem(seed=seed)
-        integers, grid = gptq_round(weight, hessian, scheme, order=order)
+        integers, grid = gptq(weight, hessian, scheme, order=order)
         lost["gptq"] += float(loss(weight, values(integers, grid), hessian).sum() / hessian.trace())
         lost["nearest"] += float(loss(weight, values(*nearest(weight, scheme)), hessian).sum() / hessian.trace())
     assert lost["gptq"] < 0.5 * lost["nearest"]
@@ -93,7 +99,7 @@ def test_it_comes_close_to_the_best_of_all_roundings(order):
         causes = torch.randn(200, 1, generator=generator, dtype=torch.float64)
         x = causes + 0.5 * torch.randn(200, 5, generator=generator, dtype=torch.float64)
         hessian = x.T @ x / 200
-        integers, grid = gptq_round(weight, hessian, scheme, order=order)
+        integers, grid = gptq(weight, hessian, scheme, order=order)
         every = torch.tensor(list(itertools.product(range(8), repeat=5)), dtype=torch.float64)
         lowest = float(loss(weight, (every - grid.zeros) * grid.scales, hessian).min())
         mine = float(loss(weight, values(integers, grid), hessian)[0])
@@ -125,16 +131,14 @@ def test_without_ends_to_the_grid_it_keeps_the_bound_of_the_nearest_plane(seed, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_inputs_that_are_independent_leave_rounding_to_nearest(scheme, order):
     weight, hessian = problem()
-    integers, _ = gptq_round(weight, hessian.diagonal().diag(), scheme, order=order)
+    integers, _ = gptq(weight, hessian.diagonal().diag(), scheme, order=order)
     assert torch.equal(integers, nearest(weight, scheme)[0])
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
 def test_the_scale_of_the_hessian_does_not_matter(factor):
     weight, hessian = problem()
-    assert torch.equal(
-        gptq_round(weight, hessian * factor, Scheme(4, 8))[0], gptq_round(weight, hessian, Scheme(4, 8))[0]
-    )
+    assert torch.equal(gptq(weight, hessian * factor, Scheme(4, 8))[0], gptq(weight, hessian, Scheme(4, 8))[0])
 
 
 def test_columns_that_are_never_used_are_rounded_as_they_are_and_change_nothing():
@@ -142,7 +146,7 @@ def test_columns_that_are_never_used_are_rounded_as_they_are_and_change_nothing(
     weight, hessian = problem()
     hessian[dead] = 0
     hessian[:, dead] = 0
-    integers, grid = gptq_round(weight, hessian, scheme)
+    integers, grid = gptq(weight, hessian, scheme)
     assert torch.equal(integers[:, dead], nearest(weight, scheme)[0][:, dead])
 
     live = [i for i in range(24) if i not in dead]
@@ -163,15 +167,14 @@ def _on_grid(column, grid, group):
 
 def test_without_any_input_it_rounds_to_nearest():
     weight, hessian = problem()
-    integers, _ = gptq_round(weight, torch.zeros_like(hessian), Scheme(4, 8))
+    integers, _ = gptq(weight, torch.zeros_like(hessian), Scheme(4, 8))
     assert torch.equal(integers, nearest(weight, Scheme(4, 8))[0])
 
 
 def test_a_given_grid_is_kept():
     weight, hessian = problem()
     wide = Grid.spanning(torch.full((5, 3), -4.0).double(), torch.full((5, 3), 4.0).double(), Scheme(4, 8))
-    integers, grid = gptq_round(weight, hessian, wide)
-    assert grid is wide
+    integers = gptq_round(weight, hessian, wide)
     assert torch.equal(integers, textbook(weight, hessian, wide, 0.01, "activation"))
 
 
@@ -192,7 +195,7 @@ def test_a_column_hears_of_its_own_group_whatever_the_order():
 def test_integers_come_in_the_dtype_of_the_weight_and_can_be_stored(dtype):
     weight, hessian = problem(dtype=dtype)
     before = weight.clone(), hessian.clone()
-    integers, grid = gptq_round(weight, hessian, Scheme(3, 8))
+    integers, grid = gptq(weight, hessian, Scheme(3, 8))
     assert integers.dtype is grid.scales.dtype is dtype
     assert integers.is_contiguous()
     assert torch.equal(integers, integers.round().clamp(0, 7))
@@ -202,7 +205,7 @@ def test_integers_come_in_the_dtype_of_the_weight_and_can_be_stored(dtype):
 
 def test_fewer_tokens_than_columns_are_enough():
     weight, hessian = problem(tokens=5)
-    integers, grid = gptq_round(weight, hessian, Scheme(4, 8))
+    integers, grid = gptq(weight, hessian, Scheme(4, 8))
     plain = loss(weight, values(*nearest(weight, Scheme(4, 8))), hessian).sum()
     assert loss(weight, values(integers, grid), hessian).sum() < 0.2 * plain
 
@@ -210,15 +213,15 @@ def test_fewer_tokens_than_columns_are_enough():
 def test_damping_is_raised_until_the_hessian_can_be_factored(caplog):
     weight, hessian = problem(tokens=5)
     hessian -= 0.003 * hessian.diagonal().mean() * torch.eye(24)  # rounding errors of long sums, exaggerated
-    integers, _ = gptq_round(weight, hessian, Scheme(4, 8), damping=1e-4)
+    integers, _ = gptq(weight, hessian, Scheme(4, 8), damping=1e-4)
     assert "a Hessian of 24 columns needed damping 0.01 instead of 0.0001" in caplog.text
-    assert torch.equal(integers, gptq_round(weight, hessian, Scheme(4, 8), damping=0.01)[0])
+    assert torch.equal(integers, gptq(weight, hessian, Scheme(4, 8), damping=0.01)[0])
 
 
 def test_a_hessian_that_no_damping_makes_definite_is_refused():
     weight, hessian = problem()
     with pytest.raises(NonFiniteError, match="the Hessian of 24 columns is not positive definite with damping 1"):
-        gptq_round(weight, hessian - 100 * hessian.diagonal().mean() * (1 - torch.eye(24)), Scheme(4, 8))
+        gptq(weight, hessian - 100 * hessian.diagonal().mean() * (1 - torch.eye(24)), Scheme(4, 8))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -237,19 +240,19 @@ def test_nan_is_refused(which, value):
         ({"damping": -0.1}, "damping -0.1"),
         ({"damping": float("nan")}, "damping nan"),
         ({"order": "random"}, "order 'random'; there are activation, natural"),
-        ({"grid": Scheme(4, 7)}, "group size 7 does not divide K = 24"),
+        ({"grid": nearest(torch.ones(5, 35), Scheme(4, 7))[1]}, r"\(5, 24\), but the grid is for \(5, 5\) groups"),
         ({"hessian": torch.eye(23)}, r"weight is \(5, 24\), the Hessian \(23, 23\)"),
         (
             {"grid": nearest(torch.ones(4, 24), Scheme(4, 8))[1]},
-            r"weight is \(5, 24\), but the grid's scales are \(4, 3\)",
+            r"weight is \(5, 24\), but the grid is for \(4, 3\) groups",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     weight, hessian = problem()
     with pytest.raises(ValueError, match=message):
-        gptq_round(**{"weight": weight, "hessian": hessian, "grid": Scheme(4, 8)} | change)
+        gptq_round(**{"weight": weight, "hessian": hessian, "grid": nearest(weight, Scheme(4, 8))[1]} | change)
 
 
 def test_a_weight_without_rows_stays_one():
-    assert gptq_round(torch.empty(0, 16), torch.eye(16), Scheme(4, 8))[0].shape == (0, 16)
+    assert gptq(torch.empty(0, 16), torch.eye(16), Scheme(4, 8))[0].shape == (0, 16)

@@ -1,0 +1,216 @@
+"""W4A8: the packed weight, and every backend bit for bit against exact integers."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from kernelgraft_core.quant.w4a8 import (
+    W4A8Weight,
+    cpu,
+    quantize_activation,
+    reference,
+    rms_norm_quantize,
+    silu_mul_quantize,
+    w4a8_linear,
+    w4a8_matmul,
+)
+from kernelgraft_core.runtime.device import cpu_int8_is_exact
+
+RELAXED = settings(deadline=None, max_examples=25)
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(1, 32, 8), (5, 64, 64), (33, 48, 6), (96, 256, -1), (4, 2, 2), (0, 16, 8)]
+
+
+def weight_of(n, k, group, seed=0):
+    """A random weight whose integers fill their ranges, and its int8 values computed by definition in int64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    q, scale = draw(0, 15, n, k), torch.rand(n, generator=generator) + 0.01
+    if group == -1:
+        zero = draw(0, 15, n)
+        return W4A8Weight.from_integers(q, scale, zero=zero), q - zero.unsqueeze(-1)
+    step = draw(1, 16, n, k // group)
+    offset = (draw(0, 15, n, k // group) * step).clamp(max=121)
+    top = ((127 + offset) // step).clamp(max=15).repeat_interleave(group, 1)
+    q = torch.minimum(q, top)
+    wide = q * step.repeat_interleave(group, 1) - offset.repeat_interleave(group, 1)
+    return W4A8Weight.from_integers(q, scale, group_scale=step, group_zero=offset), wide
+
+
+@RELAXED
+@given(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 6), st.sampled_from([2, 4, 6, -1]))
+def test_integers_and_int8_come_back(seed, n, groups, group):
+    k = groups * (2 if group == -1 else group)
+    weight, wide = weight_of(n, k, group, seed)
+    assert torch.equal(weight.int8().long(), wide)
+    assert torch.equal(weight.qweight[:, 0] & 15, weight.integers()[:, 0])
+    assert (weight.out_features, weight.in_features) == (n, k)
+    assert weight.group_size == (k if group == -1 else group)
+    torch.testing.assert_close(weight.values(torch.float64), wide * weight.scale.double().unsqueeze(-1))
+    assert weight.fits_bytes
+
+
+def test_the_low_nibble_is_the_even_column():
+    weight = W4A8Weight.from_integers(torch.tensor([[1, 2, 15, 0]]), torch.ones(1), zero=torch.tensor([3]))
+    assert weight.qweight.tolist() == [[0x21, 0x0F]]
+    assert weight.int8().tolist() == [[-2, -1, 12, -3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.full((2, 4), 16)}, r"q spans 16..16, expected 0..15"),
+        ({"q": torch.zeros(2, 3)}, r"q is \(2, 3\), expected \(N, K\) with an even K"),
+        ({"scale": torch.tensor([1.0, torch.inf])}, "scale is not finite in 1 of 2 rows"),
+        ({"scale": torch.ones(3)}, r"scale is \(3,\), expected \(2,\)"),
+        ({"group_scale": torch.zeros(2, 2)}, "group_scale spans 0.0..0.0, expected 1..255"),
+        ({"group_scale": torch.full((2, 2), 30)}, r"row 0 spans 210..210, which is no int8"),
+        ({"group_zero": None}, "a weight has group_scale and group_zero, or zero, and not both"),
+        ({"zero": torch.zeros(2)}, "and not both"),
+        ({"group_scale": torch.ones(2, 3), "group_zero": torch.zeros(2, 3)}, "K = 4 does not split into 3 groups"),
+    ],
+)
+def test_what_is_no_weight_is_refused(change, message):
+    given_ = {
+        "q": torch.full((2, 4), 7), "scale": torch.ones(2), "group_scale": torch.ones(2, 2),
+        "group_zero": torch.zeros(2, 2),
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        W4A8Weight.from_integers(given_.pop("q"), given_.pop("scale"), **given_)
+
+
+def test_a_weight_that_leaves_a_byte_takes_the_slower_kernel():
+    weight = W4A8Weight.from_integers(
+        torch.full((1, 2), 15), torch.ones(1), group_scale=torch.full((1, 1), 17), group_zero=torch.full((1, 1), 200)
+    )
+    assert weight.int8().tolist() == [[55, 55]]
+    assert not weight.fits_bytes
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_activations_are_quantized_token_by_token(dtype):
+    x = torch.randn(3, 4, 20, dtype=torch.float64).to(dtype)
+    x[0, 0] = 0
+    q, scale, sums = quantize_activation(x.transpose(0, 1))
+    x = x.transpose(0, 1)
+    assert q.shape == x.shape
+    assert scale.shape == sums.shape == x.shape[:-1]
+    assert scale[0, 0] == 1
+    assert not q[0, 0].any()
+    assert q.abs().amax(-1).flatten()[1:].eq(127).all()
+    assert torch.equal(sums, q.int().sum(-1))
+    assert (
+        (q.double() * scale.double().unsqueeze(-1) - x.double()).abs() <= scale.double().unsqueeze(-1) * 0.5001
+    ).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_token_that_is_not_finite_gives_a_row_of_nan_and_no_other(value):
+    weight, _ = weight_of(6, 16, 8)
+    x = torch.randn(3, 16)
+    x[1, 4] = value
+    found = w4a8_linear(x, *weight.tensors)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
+def test_fused_quantization_is_that_of_the_product():
+    x, weight = torch.randn(5, 24, dtype=torch.float64), torch.rand(24, dtype=torch.float64) + 0.5
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    for found, wanted in zip(rms_norm_quantize(x, weight, 1e-5), quantize_activation(normed), strict=True):
+        assert torch.equal(found, wanted)
+    gate, up = x.chunk(2, -1)
+    product = torch.nn.functional.silu(gate) * up
+    for found, wanted in zip(silu_mul_quantize(x), quantize_activation(product), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.skipif(not cpu_int8_is_exact(), reason="int8 products saturate here")
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize("m", [0, 1, 3, 33])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_the_cpu_gives_the_bits_of_the_reference(n, k, group, m, dtype, bias):
+    weight, wide = weight_of(n, k, group)
+    x = torch.randn(k, m).to(dtype).T
+    added = torch.randn(n).to(dtype) if bias else None
+    found = w4a8_linear(x, *weight.tensors, added)
+    assert torch.equal(found, reference.w4a8_linear(x, *weight.tensors, added))
+    q, scale, _ = quantize_activation(x)
+    exact = (q.long() @ wide.T).double() * scale.double().unsqueeze(-1) * weight.scale.double()
+    exact = exact if added is None else exact + added.double()
+    torch.testing.assert_close(found.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-3 * k)
+
+
+def test_extreme_integers_are_summed_exactly():
+    k = 4096
+    weight = W4A8Weight.from_integers(
+        torch.full((4, k), 15), torch.ones(4), group_scale=torch.full((4, 1), 16), group_zero=torch.full((4, 1), 113)
+    )
+    assert int(weight.int8().max()) == 127
+    x = torch.ones(2, k)
+    assert torch.equal(w4a8_linear(x, *weight.tensors), torch.full((2, 4), 127.0 * 127 * k) / 127)
+
+
+@pytest.mark.skipif(not cpu_int8_is_exact(), reason="int8 products saturate here")
+def test_the_expanded_weight_follows_the_packed_one():
+    weight, _ = weight_of(8, 32, 8)
+    before = w4a8_linear(torch.ones(1, 32), *weight.tensors)
+    kept = len(cpu._expanded)
+    other = W4A8Weight.from_integers(torch.zeros(8, 32), weight.scale, zero=torch.full((8,), 3))
+    weight.qweight.copy_(other.qweight)
+    assert not torch.equal(w4a8_linear(torch.ones(1, 32), *weight.tensors), before)
+    assert len(cpu._expanded) == kept
+    del weight
+    gc.collect()
+    assert len(cpu._expanded) == kept - 1
+
+
+def test_there_is_no_gradient():
+    weight, _ = weight_of(4, 16, 8)
+    with pytest.raises(NotImplementedError, match="w4a8_linear"):
+        w4a8_linear(torch.randn(2, 16, requires_grad=True), *weight.tensors).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 15)}, r"x is \(2, 15\), expected \(..., 16\)"),
+        ({"x": torch.ones(2, 16, dtype=torch.int32)}, "x is torch.int32"),
+        ({"qweight": torch.zeros(4, 8, dtype=torch.int32)}, r"qweight is torch.int32"),
+        ({"scale": torch.ones(4)}, r"scale is torch.float32 \(4,\), expected torch.float16"),
+        ({"group_zero": None}, r"got \['group_scale'\], expected"),
+        ({"group_scale": torch.ones(4, 3, dtype=torch.uint8)}, "K = 16 does not split into such groups"),
+        ({"bias": torch.ones(5)}, r"bias is torch.float32 \(5,\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_arguments_are_refused(change, message):
+    weight, _ = weight_of(4, 16, 8)
+    names = ("qweight", "scale", "group_scale", "group_zero", "zero")
+    arguments = {"x": torch.randn(2, 16)} | dict(zip(names, weight.tensors, strict=True)) | {"bias": None} | change
+    with pytest.raises(ValueError, match=message):
+        w4a8_linear(**arguments)
+
+
+@pytest.mark.parametrize("group", [8, -1])
+def test_ops_pass_torchs_own_checks_and_compile_whole(group):
+    weight, _ = weight_of(8, 32, group)
+    x = torch.randn(3, 32)
+    tests = ("test_schema", "test_faketensor")
+    opcheck(torch.ops.kernelgraft.w4a8_linear.default, (x, *weight.tensors, None), test_utils=tests)
+    quantized = quantize_activation(x)
+    opcheck(
+        torch.ops.kernelgraft.w4a8_matmul.default, (*quantized, *weight.tensors, None, torch.float16), test_utils=tests
+    )
+    opcheck(torch.ops.kernelgraft.quantize_activation.default, (x,), test_utils=tests)
+    compiled = torch.compile(lambda t: w4a8_linear(t, *weight.tensors) * 2, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), w4a8_linear(x, *weight.tensors) * 2)
+    assert torch.equal(w4a8_matmul(*quantized, *weight.tensors, None, torch.float32), w4a8_linear(x, *weight.tensors))
