@@ -91,8 +91,11 @@ class PackedQuantizer(HfQuantizer):
                 f"no linear layer of {type(model).__name__} is left to load as {self.layout.label}; skipped: {skipped}"
             )
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """The same without the fusing of experts, when they are loaded one by one."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """The same without the fusing of experts, when they are loaded one by one.
+
+        Transformers passes the model too since 5.23.
+        """
         return _without_fusing(weight_conversions) if self._unfused else weight_conversions
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:

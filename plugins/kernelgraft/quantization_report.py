@@ -13,6 +13,18 @@ from .demo.files import write_whole
 from .demo.sections import Figure
 
 
+def check_libraries() -> None:
+    """Import what a report needs.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    import jinja2
+    import matplotlib
+
+    _ = jinja2, matplotlib
+
+
 def write_report(record: Mapping[str, Any], path: Path) -> None:
     """One HTML page from a record (``kernelgraft.json``), written whole or not at all.
 

@@ -47,8 +47,9 @@ _EXTRAS = {
     "transformers": "'kernelgraft[transformers]'",
     "accelerate": "'kernelgraft[transformers]'",
     "numba": "'kernelgraft[cpu]'",
-    "jinja2": "'kernelgraft[demo]'",
-    "matplotlib": "'kernelgraft[demo]'",
+    "jinja2": "'kernelgraft[report]'",
+    "matplotlib": "'kernelgraft[report]'",
+    "gguf": "'kernelgraft[demo]'",
 }
 
 

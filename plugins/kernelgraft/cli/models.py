@@ -78,7 +78,12 @@ def quantize(
     from kernelgraft_transformers.texts import Calibration, read_text
 
     size, of_recipe = parse_group_size(group_size), parse_settings(settings or [])
-    check_replaceable(out, overwrite=overwrite)  # before minutes of work
+    # Before minutes of work: what would be in the way at their end.
+    check_replaceable(out, overwrite=overwrite)
+    if report is not None:
+        from kernelgraft.quantization_report import check_libraries
+
+        check_libraries()
     content = built_in_halves()[0] if text is None else read_text(text)
     source = load_source(model)
     calibration = Calibration(samples, length, seed)

@@ -235,9 +235,9 @@ def test_a_layer_of_another_models_size_is_refused(plugin, damaged):
         for part in PARTS:
             tensors[f"{UP}.{part}"] = tensors[f"model.layers.1.mlp.down_proj.{part}"].clone()
 
-    with pytest.raises(
-        CheckpointError, match=rf"{UP}: the weight is 128 x 64 with .*; this layer has in_features=64, out_features=128"
-    ):
+    # Transformers has refused such tensors itself since 5.23, with a table of them.
+    ours = rf"{UP}: the weight is 128 x 64 with .*; this layer has in_features=64, out_features=128"
+    with pytest.raises((CheckpointError, RuntimeError), match=rf"{ours}|ignore_mismatched_sizes"):
         load(damaged(tensors=swap))
 
 
