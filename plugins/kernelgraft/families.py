@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kernelgraft_core.runtime.op import Op
 
-FAMILIES = ("kernelgraft_core.quant.w4a16", "kernelgraft_core.quant.w3a16")
+FAMILIES = ("kernelgraft_core.quant.w4a16", "kernelgraft_core.quant.w3a16", "kernelgraft_core.quant.w4a8")
 """Packages with a module ``ops`` that defines ops, and a module ``examples``: ``example_args(device, **sizes)`` gives
 arguments for each op, ``peer(op, args)`` what it is measured against, and ``TUNED`` names those that can be tuned."""
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor, nn
 
 from kernelgraft_core.quant.architectures import Architecture, ScaleGroup, fold, linear_layer
-from kernelgraft_core.quant.moments import InputStatistics, relative_error, within
+from kernelgraft_core.quant.group_statistics import moments_by_group, watch_groups
+from kernelgraft_core.quant.moments import relative_error
 from kernelgraft_core.quant.outcome import BlockOutcome, LayerReport, Method, SearchReport
 from kernelgraft_core.quant.rounding import Grid, Scheme, fake_quantize, split_groups
 from kernelgraft_core.quant.runner import BlockResult, quantize_model
-from kernelgraft_core.quant.sequential import BlockInputs, watch_inputs
+from kernelgraft_core.quant.sequential import BlockInputs
 from kernelgraft_core.quant.weights import QuantizedWeight, pack_weight
 
 from .grids import GridSearch, Rounding
 from .probe import CallRecorder, ModuleProbe
 from .scales import ScaleChoice, search_scales
-
-# Second moments that are held at once, in bytes: layers beyond that take another pass over the calibration data.
-MOMENTS_LIMIT = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ class _BlockQuantizer:
         self, architecture: Architecture, block: nn.Module, path: str, inputs: BlockInputs, config: AwqConfig
     ) -> None:
         self._architecture, self._block, self._path = architecture, block, path
+        self._where = architecture, block, path
         self._inputs, self._config, self._scheme = inputs, config, config.scheme
         self._groups = architecture.scale_groups(block)
         self._layers = {name: linear_layer(block, name) for group in self._groups for name in group.targets}
@@ -94,36 +93,13 @@ class _BlockQuantizer:
         choices = self._search_scales()
         weights: dict[str, QuantizedWeight] = {}
         reports: list[LayerReport] = []
-        sizes = [(group, 4 * self._layers[group.targets[0]].in_features ** 2) for group in self._groups]
-        for groups in within(sizes, MOMENTS_LIMIT):
-            statistics = self._watch(groups, self._inputs)
-            for group in groups:
-                moments = statistics.pop(group).take_moments()
-                for name in group.targets:
-                    full_name = f"{self._path}.{name}"
-                    weights[full_name], errors = self._quantize(name, moments, choices.get(group))
-                    choice = choices.get(group) or ScaleChoice.identity(moments[0])
-                    reports.append(LayerReport(full_name, *errors, choice.form, choice.exponent))
+        for group, moments in moments_by_group(*self._where, self._groups, self._inputs):
+            for name in group.targets:
+                full_name = f"{self._path}.{name}"
+                weights[full_name], errors = self._quantize(name, moments, choices.get(group))
+                choice = choices.get(group) or ScaleChoice.identity(moments[0])
+                reports.append(LayerReport(full_name, *errors, choice.form, choice.exponent))
         return BlockOutcome(weights, tuple(reports), tuple(self._searches(choices)))
-
-    def _watch(
-        self, groups: Sequence[ScaleGroup], inputs: BlockInputs, *, second_moments: bool = True
-    ) -> dict[ScaleGroup, InputStatistics]:
-        """Statistics of what the layers of each group read."""
-        layers = {group.targets[0]: self._layers[group.targets[0]] for group in groups}
-        statistics = {
-            name: InputStatistics(layer.in_features, layer.weight.device, second_moments=second_moments)
-            for name, layer in layers.items()
-        }
-        with (
-            self._architecture.calibrating(self._block),
-            watch_inputs(layers, lambda name, x: statistics[name].add(x)),
-        ):
-            inputs.run(self._block)
-        for name, seen in statistics.items():
-            seen.gather()
-            seen.check(f"{self._path}.{name}")
-        return {group: statistics[group.targets[0]] for group in groups}
 
     def _search_scales(self) -> dict[ScaleGroup, ScaleChoice]:
         """Search the scales of every group that has a source, and fold them into it and the group's layers."""
@@ -139,7 +115,7 @@ class _BlockQuantizer:
             inputs.tokens,
         )
         with recorder:
-            statistics = self._watch(searched, inputs, second_moments=False)
+            statistics = watch_groups(*self._where, searched, inputs, second_moments=False)
         return {group: self._scale(group, statistics[group].mean_abs, recorder) for group in searched}
 
     def _scale(self, group: ScaleGroup, mean_abs: Tensor, recorder: CallRecorder) -> ScaleChoice:

@@ -46,12 +46,11 @@ def around_blocks(architecture: Architecture, model: Any) -> Mapping[str, Tensor
 @torch.no_grad()
 def rotate_block(architecture: Architecture, block: nn.Module) -> None:
     """Turn what a block reads and writes, in place; its norms lose their weights to the layers that read them."""
-    groups = architecture.scale_groups(block)
-    readers = [group for group in groups if _norm_in_front(block, group) is not None]
+    readers = _readers(architecture, block)
     turn = _turn_of_block(block, readers)
     for group in readers:
         _turn_readers(block, group, turn)
-    for group in groups:
+    for group in architecture.scale_groups(block):
         if group not in readers:
             for name in group.targets:
                 layer = linear_layer(block, name)
@@ -98,9 +97,8 @@ def _turn_of_model(architecture: Architecture, model: Any) -> Turn:
     """The turn that suits all blocks and what is around them; refuses what no turn suits."""
     turns = []
     for index, block in enumerate(architecture.block_list(model)):
-        groups = architecture.scale_groups(block)
-        readers = [group for group in groups if _norm_in_front(block, group) is not None]
-        if not readers or any(group.source is None and group.inspect in ("self_attn", "mlp") for group in groups):
+        readers = _readers(architecture, block)
+        if not readers:
             raise UnsupportedModelError(f"block {index} has no norm with a weight in front of its layers")
         turns.append(_turn_of_block(block, readers))
         _check_norms(architecture, block, readers, index)
@@ -121,8 +119,7 @@ def _check_norms(architecture: Architecture, block: nn.Module, readers: list[Sca
     of_heads = {attention.q_norm, attention.k_norm} if attention is not None else set()
     known = {group.source.module for group in readers if group.source is not None}
     for name, module in block.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 1 and name not in known | of_heads:
+        if _is_norm(module) and name not in known | of_heads:
             raise UnsupportedModelError(f"{name} of block {index} is a norm behind a layer that writes the stream")
     for group in readers:
         norm = _norm_in_front(block, group)
@@ -158,18 +155,15 @@ def _written(architecture: Architecture, model: Any, turn: Turn) -> Iterator[tup
 
 def _last_norm_and_head(architecture: Architecture, model: Any, turn: Turn) -> dict[str, TensorChange]:
     path = architecture.block_path(model).rpartition(".")[0]
-    children = {f"{path}.{name}".lstrip("."): child for name, child in model.get_submodule(path).named_children()}
-    norms = {name: child for name, child in children.items() if isinstance(getattr(child, "weight", None), Tensor)
-             and child.weight.dim() == 1}  # fmt: skip
+    norms = {name: child for name, child in model.get_submodule(path).named_children() if _is_norm(child)}
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
     if len(norms) != 1 or head is None:
-        raise UnsupportedModelError(f"{path} has {len(norms)} norms behind its blocks and the head {head}")
-    ((name, norm),) = norms.items()
-    block = architecture.block_list(model)[0]
-    sources = [group.source for group in architecture.scale_groups(block) if _norm_in_front(block, group) is not None]
-    if _centres([norm]) != _centres([block.get_submodule(source.module) for source in sources if source is not None]):
-        raise UnsupportedModelError(f"{name} and the norms of its blocks are of different kinds")
-    offset = next(source.offset for source in sources if source is not None)
+        raise UnsupportedModelError(f"{path} has {len(norms)} norms behind its blocks, and the output head is {head}")
+    ((child, norm),) = norms.items()
+    name, block = f"{path}.{child}".lstrip("."), architecture.block_list(model)[0]
+    sources = [group.source for group in _readers(architecture, block) if group.source is not None]
+    _centres([norm, *(block.get_submodule(source.module) for source in sources)])
+    offset = sources[0].offset
     gain, bias = weight_of(norm).double() + offset, _bias(norm)
     changes: dict[str, TensorChange] = {
         f"{name}.weight": lambda w: torch.full_like(w, 1 - offset),
@@ -183,12 +177,22 @@ def _last_norm_and_head(architecture: Architecture, model: Any, turn: Turn) -> d
     return changes
 
 
+def _readers(architecture: Architecture, block: nn.Module) -> list[ScaleGroup]:
+    """The groups whose layers read the residual stream; those of all others write it."""
+    return [group for group in architecture.scale_groups(block) if _norm_in_front(block, group) is not None]
+
+
 def _norm_in_front(block: nn.Module, group: ScaleGroup) -> nn.Module | None:
     """The norm whose output a group's layers read, if one is what feeds them: then they read the residual stream."""
     if group.source is None or group.producers:
         return None  # layers make their inputs, which do not exist by themselves while experts are fused
     module = block.get_submodule(group.source.module)
-    return module if weight_of(module).dim() == 1 else None
+    return module if _is_norm(module) else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _centres(norms: list[nn.Module]) -> bool:
@@ -199,7 +203,7 @@ def _centres(norms: list[nn.Module]) -> bool:
             raise UnsupportedModelError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
         kinds.add(isinstance(norm, nn.LayerNorm))
     if len(kinds) != 1:
-        raise UnsupportedModelError("its blocks have LayerNorms and RMSNorms")
+        raise UnsupportedModelError("it has LayerNorms and RMSNorms")
     return kinds.pop()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -13,14 +12,9 @@ from kernelgraft_core.runtime.op import Implementation, Op, deferred
 from . import reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? group_zero, Tensor? zero"
 
 Quantized = tuple[Tensor, Tensor, Tensor]
-
-
-def _without_triton(*_: Any) -> str:
-    return "Triton is not installed"
 
 
 def _fake_quantized(x: Tensor, features: int) -> Quantized:
@@ -33,13 +27,11 @@ def _fake_quantized(x: Tensor, features: int) -> Quantized:
 
 
 def register_backends(op: Op, module: Any) -> None:
-    """Reference, CPU and Triton implementations of ``op`` from the modules beside ``module``, the reference."""
+    """The implementations of ``op`` in ``module``, the reference, and in ``cpu`` beside it. GPUs run the reference."""
     package = module.__name__.rpartition(".")[0]
     op.register(Implementation("reference", getattr(module, op.name), ("cpu", "cuda")))
-    for backend, device, present in (("cpu", "cpu", True), ("triton", "cuda", _HAS_TRITON)):
-        supports = deferred(f"{package}.{backend}", f"supports_{op.name}") if present else _without_triton
-        run = deferred(f"{package}.{backend}", op.name)
-        op.register(Implementation(backend, run, (device,), 10, supports))
+    supports, run = (deferred(f"{package}.cpu", name) for name in (f"supports_{op.name}", op.name))
+    op.register(Implementation("cpu", run, ("cpu",), 10, supports))
 
 
 QUANTIZE = Op(

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernelgraft_core.quant import group_statistics
 from kernelgraft_core.quant.awq import (
     AwqConfig,
-    algorithm,
     awq_gptq_config,
     gptq_config,
     quantize_awq,
@@ -230,7 +230,7 @@ def test_settings_out_of_range_are_refused(change):
 @pytest.mark.parametrize("recipe", [AwqConfig, awq_gptq_config, gptq_config], ids=["awq", "awq+gptq", "gptq"])
 def test_statistics_that_do_not_fit_together_take_more_passes(monkeypatch, recipe):
     """Each group sees what the groups before it, already rounded, produce; the packed weights agree with the model."""
-    monkeypatch.setattr(algorithm, "MOMENTS_LIMIT", 1)
+    monkeypatch.setattr(group_statistics, "MOMENTS_LIMIT", 1)
     wanted, model = logits(llama()), llama()
     weights, reports = quantize(model, replace(recipe(W4), search_tokens=64))
     assert weights.keys() == LAYERS

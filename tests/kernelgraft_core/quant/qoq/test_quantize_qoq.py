@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernelgraft_core.quant import group_statistics
 from kernelgraft_core.quant.architectures import find_architecture
 from kernelgraft_core.quant.awq import AwqMethod, rtn_config
-from kernelgraft_core.quant.qoq import QoqConfig, QoqMethod, as_served, method, qoq_config
+from kernelgraft_core.quant.qoq import QoqConfig, QoqMethod, as_served, qoq_config
 from kernelgraft_core.quant.rounding import Scheme
 from kernelgraft_core.quant.runner import quantize_model
 from kernelgraft_core.quant.w4a8.reference import quantize_activation, w4a8_linear
@@ -193,7 +194,7 @@ def test_the_same_input_gives_the_same_bits():
 
 @pytest.mark.parametrize("scheme", [G32, ROWS], ids=["groups", "rows"])
 def test_statistics_that_do_not_fit_together_take_more_passes(monkeypatch, scheme):
-    monkeypatch.setattr(method, "MOMENTS_LIMIT", 1)
+    monkeypatch.setattr(group_statistics, "MOMENTS_LIMIT", 1)
     model = llama()
     weights, reports = quantize(model, qoq_config(scheme))
     assert weights.keys() == LAYERS
