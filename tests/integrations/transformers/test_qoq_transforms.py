@@ -52,8 +52,8 @@ OFF = {
 
 
 def transform(model, inputs, **settings):
-    config = QoqConfig(Scheme(4, 8), weight_bits=None, **settings)
-    results = list(quantize_model(model, [inputs], QoqMethod(config), scheme_group_size=8))
+    config = QoqConfig(Scheme(4, -1), weight_bits=None, **settings)
+    results = list(quantize_model(model, [inputs], QoqMethod(config), scheme_group_size=-1))
     assert [r.outcome.weights for r in results] == [{}] * 3
     return model
 
@@ -207,8 +207,62 @@ def test_a_family_whose_heads_are_not_known_is_refused_what_works_on_heads(monke
     assert changed(model, "llama")
 
 
+def like(name, **options):
+    """A case with other options in its config."""
+
+    def build():
+        model = CASES[name].build()
+        for option, value in options.items():
+            setattr(model.config, option, value)
+        return type(model)(model.config)
+
+    return replace(CASES[name], build=build)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"hidden_size": 92, "head_dim": 16}, "no Hadamard matrix of order 92"),
+        ("opt", {"word_embed_proj_dim": 16}, "its embeddings are 16 wide, its residual stream 32"),
+        ("opt", {"enable_bias": False}, r"self_attn\.q_proj of block 0 has no bias to take over that of the norm"),
+        ("opt", {"_remove_final_layer_norm": True}, r"model\.decoder has 0 norms behind its blocks"),
+    ],
+    ids=str,
+)
+def test_what_rotation_cannot_do_is_refused_by_name(name, options, message):
+    case = like(name, **options)
+    model, _ = tiny(case)
+    with pytest.raises(UnsupportedModelError, match=rf"cannot be rotated: {message}.*rotate=False"):
+        transform(model, case.inputs(model))
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_a_last_norm_whose_weight_is_zero_somewhere_keeps_its_bias_or_is_refused(bias):
+    with norms_in_float64():
+        model, _ = tiny(CASES["opt"])
+        norm = model.model.decoder.final_layer_norm
+        norm.weight.data[5], norm.bias.data[5] = 0, bias
+        before = logits(model, CASES["opt"])
+        if bias:
+            with pytest.raises(UnsupportedModelError, match=r"final_layer_norm has a bias where its weight is 0"):
+                transform(model, CASES["opt"].inputs(model))
+        else:
+            transform(model, CASES["opt"].inputs(model))
+            assert deviation(logits(model, CASES["opt"]), before) < 1e-9
+
+
+def test_norms_of_other_kinds_are_refused_by_name():
+    model, _ = tiny(CASES["llama"])
+    model.model.norm = nn.LayerNorm(32)
+    with pytest.raises(UnsupportedModelError, match="it has LayerNorms and RMSNorms"):
+        transform(model, CASES["llama"].inputs(model))
+    model.model.norm = nn.BatchNorm1d(32)
+    with pytest.raises(UnsupportedModelError, match="BatchNorm1d is neither a LayerNorm nor an RMSNorm"):
+        transform(model, CASES["llama"].inputs(model))
+
+
 def test_heads_without_a_hadamard_matrix_are_refused_by_name():
-    case = replace(CASES["llama"], build=lambda: CASES["llama"].build().__class__(_with_heads_of(6)))
+    case = like("llama", head_dim=6)
     model, _ = tiny(case)
     with pytest.raises(UnsupportedModelError, match=r"no Hadamard matrix of order 6.*rotate_heads=False"):
         transform(model, case.inputs(model))
@@ -216,12 +270,6 @@ def test_heads_without_a_hadamard_matrix_are_refused_by_name():
         before = logits(model, case)
         transform(model, case.inputs(model), rotate_heads=False)
         assert deviation(logits(model, case), before) < 1e-9
-
-
-def _with_heads_of(size):
-    config = CASES["llama"].build().config
-    config.head_dim = size
-    return config
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "qwen3", "opt"])

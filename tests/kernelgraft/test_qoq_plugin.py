@@ -1,0 +1,47 @@
+"""The qoq plugin itself: what it asks of its host and which integration it hands the patches to."""
+
+import sys
+import types
+
+import pytest
+
+import kernelgraft
+from kernelgraft.builtin import qoq
+
+
+@pytest.fixture
+def grafted(site, fresh_manager, monkeypatch):
+    """Transformers' integration, recorded instead of run."""
+    calls = []
+    module = types.ModuleType("kernelgraft_transformers.qoq")
+    module.graft = calls.append
+    monkeypatch.setitem(sys.modules, "kernelgraft_transformers.qoq", module)
+    return calls
+
+
+def test_a_script_gets_the_transformers_graft(site, grafted):
+    site.host("transformers", "5.23.9")
+    handle = kernelgraft.load_plugin("qoq")
+    assert [patches.owner for patches in grafted] == ["qoq"]
+    assert (handle.info.name, handle.hosts) == ("qoq", ("transformers",))
+    kernelgraft.unload_plugin("qoq")
+
+
+@pytest.mark.parametrize("version", ["5.16.0", "5.24.0"])
+def test_other_versions_of_transformers_are_refused(site, grafted, version):
+    site.host("transformers", version)
+    with pytest.raises(kernelgraft.IncompatibleHost, match=rf"transformers >=5.17,<5.24: transformers {version}"):
+        kernelgraft.load_plugin("qoq")
+    assert grafted == []
+
+
+def test_options_it_does_not_know_are_refused(site, grafted):
+    site.host("transformers", "5.19.0")
+    with pytest.raises(ValueError, match="no option 'group_size'; it takes host"):
+        kernelgraft.load_plugin("qoq", group_size=128)
+
+
+def test_its_kernels_agree_with_the_reference():
+    checks = list(qoq.kernelgraft_doctor())
+    assert {check.what.split()[0] for check in checks} == {"w4a8_linear"}
+    assert all(check.ok for check in checks), checks
