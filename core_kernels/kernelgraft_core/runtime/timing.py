@@ -87,15 +87,17 @@ def measure_in_turns(
     return {name: Times.of(taken) for name, taken in samples.items()}
 
 
-def rotated(compute: Callable[..., T], *operands: torch.Tensor) -> Callable[[], T]:
+def rotated(compute: Callable[..., T], *operands: torch.Tensor | None) -> Callable[[], T]:
     """``compute(*operands)`` over copies that together are twice the last-level cache, one after another.
 
-    A layer of a model finds its weight in memory: the other layers have run in between.
+    A layer of a model finds its weight in memory: the other layers have run in between. An operand may be absent.
     """
-    size = max(1, sum(operand.nbytes for operand in operands))
+    size = max(1, sum(operand.nbytes for operand in operands if operand is not None))
     cache = devices.cpu_info().last_level_cache or 64 << 20
     copies = 1 + -(-2 * cache // size)
-    turns = itertools.cycle([operands, *(tuple(t.clone() for t in operands) for _ in range(copies - 1))])
+    turns = itertools.cycle(
+        [operands, *(tuple(t if t is None else t.clone() for t in operands) for _ in range(copies - 1))]
+    )
     return lambda: compute(*next(turns))
 
 
