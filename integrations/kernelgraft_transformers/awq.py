@@ -6,15 +6,17 @@ its table is replaced, and put back when the plugin is unloaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers.quantizers import auto
 
-from kernelgraft_core.quant.formats.layout import Layout
+from kernelgraft_core.quant.formats.autoawq import Gemm
+from kernelgraft_core.quant.formats.layout import Layout, StoredTensor
 from kernelgraft_core.quant.formats.registry import find_layout
+from kernelgraft_core.quant.packed_linear import PackedLinear
 from kernelgraft_core.quant.w4a16.linear import AwqLinear
-from kernelgraft_core.runtime.errors import CheckpointError
 from kernelgraft_core.runtime.patching import Patches
 
 from .adapters import graft_adapters
@@ -34,31 +36,29 @@ def graft(patches: Patches) -> None:
 
 
 class AwqQuantizer(PackedQuantizer):
-    """Checkpoints in AutoAWQ's GEMM layout, as :class:`AwqLinear` layers."""
+    """Checkpoints of AutoAWQ and llm-awq: those in the GEMM layout as :class:`AwqLinear` layers."""
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
+        self.find_layout({})
+
+    def find_layout(self, stored: Mapping[str, StoredTensor]) -> Layout:
         config = self.quantization_config
-        format_name = str(getattr(config.format, "value", config.format))
-        for key, value, wanted in (
-            ("bits", config.bits, 4),
-            ("zero_point", config.zero_point, True),
-            ("version", format_name, "gemm"),
-        ):
-            if value != wanted:
-                help_ = ", which `kernelgraft convert IN OUT --to awq` makes of it" if key == "version" else ""
-                raise CheckpointError(
-                    f"quantization_config has {key} = {value!r}; kernelgraft's AWQ layers run {key} = {wanted!r}{help_}"
-                )
+        settings = {
+            "quant_method": "awq",
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "zero_point": config.zero_point,
+            "version": getattr(config.format, "value", config.format),
+        }
+        return find_layout(settings, stored)
 
-    @property
-    def layout(self) -> Layout:
-        return find_layout({"quant_method": "awq", "group_size": self.quantization_config.group_size})
-
-    def new_layer(self, linear: nn.Linear) -> AwqLinear:
+    def new_layer(self, linear: nn.Linear) -> PackedLinear:
+        if not isinstance(self.layout, Gemm):
+            return super().new_layer(linear)
         return AwqLinear(
             linear.in_features,
             linear.out_features,
-            self.quantization_config.group_size,
+            self.layout.group_size,
             bias=linear.bias is not None,
             dtype=linear.weight.dtype,
             device=linear.weight.device,

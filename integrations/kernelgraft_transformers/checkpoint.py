@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from kernelgraft_core.quant.formats.registry import find_layout
 from kernelgraft_core.runtime.errors import CheckpointError
 
 from .shards import DTYPES, INDEX, ShardReader, list_shards
+from .torch_files import TorchReader
 
 log = logging.getLogger("kernelgraft")
 
@@ -148,13 +149,22 @@ def read_quantization_config(directory: Path, config: Mapping[str, Any]) -> dict
     return quantization
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """All tensors of some safetensors files by name, from their headers alone.
+def open_files(files: Sequence[Path]) -> ShardReader | TorchReader:
+    """The tensors of a checkpoint's files, all safetensors or all by ``torch.save``.
 
     Raises:
         CheckpointError: a file is truncated or something else; the message names it.
     """
-    with ShardReader(files) as reader:
+    return TorchReader(files) if files and files[0].suffix != ".safetensors" else ShardReader(files)
+
+
+def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """All tensors of some files by name, from their headers alone.
+
+    Raises:
+        CheckpointError: as for :func:`open_files`.
+    """
+    with open_files(files) as reader:
         return {name: StoredTensor(*reader.describe(name)) for name in reader.names()}
 
 
@@ -192,14 +202,18 @@ def check_layers(stored: Mapping[str, StoredTensor], layout: Layout, where: Path
             raise CheckpointError(f"{where}: {name}: {error}") from None
     of_layers = {part for parts in layers.values() for part in parts} - {"bias"}
     for name, parts in sorted(modules.items()):
-        beside = {part for part in parts if part in of_layers and not is_activation_scale(part, parts[part])}
+        beside = {part for part in parts if part in of_layers and not _is_activation_scale(part, parts[part])}
         if name not in layers and beside:
             raise CheckpointError(f"{where}: {name}: {', '.join(sorted(beside))} without {layout.packed}")
     return features
 
 
-def is_activation_scale(part: str, tensor: StoredTensor) -> bool:
-    """Whether a tensor is the divisor that AWQ puts behind an activation function (``ScaledActivation``)."""
+def activation_scales(stored: Mapping[str, StoredTensor]) -> list[str]:
+    """The tensors that AWQ divides the output of activation functions by (``ScaledActivation``)."""
+    return [name for name, tensor in stored.items() if _is_activation_scale(name.rpartition(".")[2], tensor)]
+
+
+def _is_activation_scale(part: str, tensor: StoredTensor) -> bool:
     return part == "scales" and len(tensor.shape) == 1
 
 

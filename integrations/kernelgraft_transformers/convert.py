@@ -24,11 +24,12 @@ from kernelgraft_core.runtime.errors import CheckpointError
 
 from .checkpoint import (
     RECORD,
+    activation_scales,
     check_index,
     check_layers,
     check_replaceable,
     copy_companions,
-    is_activation_scale,
+    open_files,
     read_json,
     read_quantization_config,
     replaced_directory,
@@ -54,14 +55,6 @@ class Origin:
     files: list[Path]
     config: dict[str, Any]
     quantization: dict[str, Any]
-
-    def open(self) -> ShardReader | TorchReader:
-        """The tensors.
-
-        Raises:
-            CheckpointError: a file is truncated.
-        """
-        return ShardReader(self.files) if self.files[0].suffix == ".safetensors" else TorchReader(self.files)
 
 
 @dataclass
@@ -157,7 +150,7 @@ def convert_checkpoint(
     if any(out.resolve() in (used, *used.parents) for used in (source.resolve(), origin.directory.resolve())):
         raise ValueError(f"{out} holds what is to be converted; write to another directory")
     check_replaceable(out, overwrite=overwrite)
-    with origin.open() as reader:
+    with open_files(origin.files) as reader:
         stored = {name: StoredTensor(*reader.describe(name)) for name in reader.names()}
         if source.is_dir():
             check_index(source / (INDEX if isinstance(reader, ShardReader) else TORCH_INDEX), stored)
@@ -201,12 +194,10 @@ def _target_layout(
             written.parts(n, k)
         except ValueError as error:
             raise CheckpointError(f"{source}: {name} cannot be written: {error}") from None
-    if not issubclass(kind, AwqLayout):
-        for name, tensor in stored.items():
-            if is_activation_scale(name.rpartition(".")[2], tensor):
-                raise CheckpointError(
-                    f"{source}: {name} scales the output of an activation function, which {kind.label} cannot hold"
-                )
+    if not issubclass(kind, AwqLayout) and (scales := activation_scales(stored)):
+        raise CheckpointError(
+            f"{source}: {scales[0]} scales the output of an activation function, which {kind.label} cannot hold"
+        )
     return written
 
 

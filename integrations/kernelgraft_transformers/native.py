@@ -59,8 +59,3 @@ class KernelgraftAwqConfig(QuantizationConfigMixin):
 
 class NativeQuantizer(PackedQuantizer):
     """Checkpoints in kernelgraft's own format, 3 and 4 bits."""
-
-    @property
-    def layout(self) -> Layout:
-        layout: Layout = self.quantization_config.layout()
-        return layout

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,18 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from kernelgraft_core.quant.experts import find_fused_experts, unfuse_experts
-from kernelgraft_core.quant.formats.layout import Layout
+from kernelgraft_core.quant.formats.layout import Layout, StoredTensor
 from kernelgraft_core.quant.packed_linear import PackedLinear
 from kernelgraft_core.runtime.errors import CheckpointError, UnsupportedModelError
 
-from .checkpoint import check_layers, read_headers
+from .checkpoint import activation_scales, check_layers, read_headers
 
 
 class PackedQuantizer(HfQuantizer):
     """Replaces the linear layers of a model under construction by :class:`PackedLinear`, those of experts included.
+
+    Attributes:
+        layout: how the checkpoint stores its layers, known once its files are.
 
     Raises:
         CheckpointError: the checkpoint's ``quantization_config`` is one that the kernels do not run, or its tensors are
@@ -32,13 +34,21 @@ class PackedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
+        self.layout: Layout
         self._dtype: torch.dtype | None = None
         self._unfused = False
 
-    @property
-    @abstractmethod
-    def layout(self) -> Layout:
-        """How the checkpoint stores its layers."""
+    def find_layout(self, stored: Mapping[str, StoredTensor]) -> Layout:
+        """The layout that the ``quantization_config`` says, and ``stored`` where it leaves something open.
+
+        Args:
+            stored: the checkpoint's tensors by name; none while they are not known.
+
+        Raises:
+            CheckpointError: there is no such layout.
+        """
+        found: Layout = self.quantization_config.layout()
+        return found
 
     def new_layer(self, linear: nn.Linear) -> PackedLinear:
         """An empty layer in place of ``linear``.
@@ -63,9 +73,12 @@ class PackedQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         # Transformers itself fills what is missing with noise, casts what has another dtype, and warns at most.
-        files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
-        if files:
-            check_layers(read_headers(files), self.layout, files[0].parent)
+        files = [Path(file) for file in checkpoint_files or ()]
+        stored = read_headers(files)
+        self.layout = self.find_layout(stored)
+        if stored:
+            check_layers(stored, self.layout, files[0].parent)
+            _check_activations(stored, model)
         skipped = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
@@ -83,6 +96,7 @@ class PackedQuantizer(HfQuantizer):
                 layer = self.new_layer(module)
             except ValueError as error:
                 raise CheckpointError(f"{name}: {error}; list it in modules_to_not_convert") from None
+            _take_dtypes(layer, {part: stored.get(f"{name}.{part}") for part in layer.stored})
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.requires_grad_(False))
             replaced += 1
@@ -149,6 +163,22 @@ def _without_fusing(conversions: list[Any]) -> list[Any]:
     return kept
 
 
+def _check_activations(stored: Mapping[str, StoredTensor], model: nn.Module) -> None:
+    """Transformers would only warn of a divisor that no module takes, and compute without it."""
+    if unused := sorted(set(activation_scales(stored)) - model.state_dict().keys()):
+        raise CheckpointError(
+            f"{unused[0]} scales the output of an activation function, which is not done here; with the plugin "
+            "unloaded, Transformers loads the checkpoint through gptqmodel"
+        )
+
+
+def _take_dtypes(layer: PackedLinear, stored: Mapping[str, StoredTensor | None]) -> None:
+    """Buffers of the dtypes in the files: cast to another, scaled zero points are no multiples of their scales."""
+    for part, found in stored.items():
+        if found is not None:
+            layer.register_buffer(part, layer.get_buffer(part).to(found.dtype))
+
+
 def _check_loaded(name: str, layer: PackedLinear) -> None:
     # The flag is how Transformers itself tells what it has read from what it has made up.
     if absent := [part for part, buffer in layer.named_buffers() if not getattr(buffer, "_is_hf_initialized", False)]:
@@ -156,8 +186,8 @@ def _check_loaded(name: str, layer: PackedLinear) -> None:
             f"{name}: the checkpoint has no {', '.join(absent)}; a layer that is stored unquantized must be listed in "
             "modules_to_not_convert"
         )
-    if not layer.get_buffer(layer.layout.scale).isfinite().all():
-        raise CheckpointError(f"{name}: scales in the checkpoint are not all finite")
+    if not layer.get_buffer(layer.layout.scale).to(torch.float16).isfinite().all():
+        raise CheckpointError(f"{name}: scales in the checkpoint are not all finite in float16")
 
 
 def _is_skipped(name: str, skipped: Sequence[str]) -> bool:

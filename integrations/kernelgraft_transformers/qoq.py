@@ -68,11 +68,6 @@ class QoqCheckpointConfig(QuantizationConfigMixin):
 class QoqQuantizer(PackedQuantizer):
     """Checkpoints of 4-bit weights for 8-bit activations."""
 
-    @property
-    def layout(self) -> Layout:
-        layout: Layout = self.quantization_config.layout()
-        return layout
-
     def new_layer(self, linear: nn.Linear) -> W4A8Linear:
         return W4A8Linear(
             linear.in_features,

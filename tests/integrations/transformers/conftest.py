@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,16 @@ def plugin():
 
 
 @pytest.fixture
-def damaged(quantized, tmp_path) -> Callable[..., Path]:
-    """``damaged(config=..., tensors=..., file=...)``: a copy of the checkpoint with one of its parts edited.
+def edited(tmp_path) -> Callable[..., Path]:
+    """``edited(directory, config=..., tensors=..., file=...)``: a copy of a checkpoint with one of its parts edited.
 
     ``config`` gets the quantization_config, ``tensors`` the tensors by name and ``file`` the path of the safetensors
     file; each changes what it gets.
     """
 
-    def damage(config=None, tensors=None, file=None) -> Path:
+    def edit(source: Path, config=None, tensors=None, file=None) -> Path:
         directory = tmp_path / "damaged"
-        shutil.copytree(quantized.directory, directory)
+        shutil.copytree(source, directory)
         if config:
             settings = json.loads((directory / "config.json").read_text())
             config(settings["quantization_config"])
@@ -129,7 +130,13 @@ def damaged(quantized, tmp_path) -> Callable[..., Path]:
             file(weights)
         return directory
 
-    return damage
+    return edit
+
+
+@pytest.fixture
+def damaged(quantized, edited) -> Callable[..., Path]:
+    """``edited`` of the checkpoint ``quantized``."""
+    return partial(edited, quantized.directory)
 
 
 @pytest.fixture(scope="session")

@@ -166,14 +166,9 @@ def test_excluding_everything_is_refused(plugin, damaged):
 
 
 BAD_CONFIGS = [
-    pytest.param({"bits": 3}, "bits = 3; kernelgraft's AWQ layers run bits = 4", id="3-bits"),
-    pytest.param(
-        {"version": "gemv"},
-        "version = 'gemv'; kernelgraft's AWQ layers run version = 'gemm', which `kernelgraft convert",
-        id="gemv",
-    ),
-    pytest.param({"version": "llm-awq"}, "version = 'llm-awq'", id="llm-awq"),
-    pytest.param({"zero_point": False}, "zero_point = False", id="symmetric"),
+    pytest.param({"bits": 3}, "bits = 3, but AutoAWQ GEMM has 4", id="3-bits"),
+    pytest.param({"version": "gemv"}, r"qzeros is int32 \(4, 8\), but .* in AutoAWQ GEMV", id="gemv"),
+    pytest.param({"zero_point": False}, "zero_point = False, expected True", id="symmetric"),
     pytest.param({"group_size": 64}, r"qzeros is int32 \(4, 8\), but .* group size 64 .* \(2, 8\)", id="other-group"),
     pytest.param({"group_size": -1}, r"qzeros is int32 \(4, 8\), but .* group size -1 .* \(1, 8\)", id="whole-row"),
     pytest.param({"group_size": 48}, r"group size 48", id="group-does-not-divide"),
@@ -248,6 +243,18 @@ def test_a_truncated_file_is_refused_by_name(plugin, damaged, size):
 
     with pytest.raises(CheckpointError, match=r"holds a file that is not whole: model\.safetensors"):
         load(damaged(file=cut))
+
+
+def test_a_scale_that_float16_cannot_hold_is_refused(plugin, damaged):
+    edit = replace("scales", lambda t: t.bfloat16().index_fill(0, torch.tensor([0]), 1e5))
+    with pytest.raises(CheckpointError, match=rf"{UP}: scales in the checkpoint are not all finite in float16"):
+        load(damaged(tensors=edit))
+
+
+def test_a_divisor_behind_an_activation_function_is_refused_not_left_out(plugin, damaged):
+    scales = {"model.layers.0.mlp.act_fn.scales": torch.ones(128).half()}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.act_fn\.scales scales the output of an activation"):
+        load(damaged(tensors=lambda tensors: tensors.update(scales)))
 
 
 def test_scales_in_bfloat16_are_taken(plugin, quantized, damaged):

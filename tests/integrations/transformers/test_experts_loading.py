@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kernelgraft_core.quant.experts import UnfusedExperts
-from kernelgraft_core.quant.formats.autoawq import Gemm
+from kernelgraft_core.quant.formats.autoawq import Gemm, Gemv
 from kernelgraft_core.quant.formats.native import Native
 from kernelgraft_core.quant.packed_linear import PackedLinear
 from kernelgraft_core.runtime.errors import CheckpointError
@@ -51,7 +51,7 @@ def logits(model):
     return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("layout", [Gemm(4, 32), Native(4, 32), Native(3, 32, symmetric=True)], ids=str)
+@pytest.mark.parametrize("layout", [Gemm(4, 32), Gemv(4, 32), Native(4, 32), Native(3, 32, symmetric=True)], ids=str)
 def test_experts_are_loaded_one_by_one_and_saved_bit_for_bit(plugin, kind, source, pack, layout, tmp_path):
     packed, exact = pack(source, layout, ROUTERS)
     stored = load_file(packed / "model.safetensors")

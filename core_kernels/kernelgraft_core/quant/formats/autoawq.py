@@ -75,8 +75,8 @@ def padded_groups(k: int, group_size: int) -> int:
     """
     size = k if group_size == -1 else group_size
     words = {32: 4, 64: 2}.get(size, 1)
-    if size < 128 and words == 1:
-        raise ValueError(f"group size {size}, but the layout has 32, 64 and those from 128 on")
+    if size % 8 or (size < 128 and words == 1):
+        raise ValueError(f"group size {size}, but the layout has 32, 64 and multiples of 8 from 128 on")
     groups = k // size
     return -(-groups // (8 * words)) * 8 * words
 

@@ -56,7 +56,8 @@ def test_scales_are_padded_to_what_the_kernel_reads_at_once(k, size, columns):
     assert padded_groups(k, size) == columns
 
 
-@pytest.mark.parametrize("size", [8, 16, 96])
+@pytest.mark.parametrize("size", [8, 16, 96, 132])
 def test_other_group_sizes_are_refused(size):
-    with pytest.raises(ValueError, match=f"group size {size}, but the layout has 32, 64 and those from 128 on"):
-        padded_groups(960, size)
+    message = f"group size {size}, but the layout has 32, 64 and multiples of 8 from 128 on"
+    with pytest.raises(ValueError, match=message):
+        padded_groups(8 * 132, size)
