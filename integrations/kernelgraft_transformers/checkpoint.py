@@ -77,14 +77,37 @@ def load_model(name: str, dtype: torch.dtype | str) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` for inference, from a directory or a hub name.
 
     Raises:
-        CheckpointError: a file is truncated; OSError: the model cannot be read.
+        CheckpointError: a file is truncated, or nothing that is loaded reads its quantization; OSError: the model
+            cannot be read.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+    method = quantization_method(name)
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        # Transformers would fill the layers with noise, and warn.
+        raise CheckpointError(
+            f"{name} is quantized, quant_method {method!r}, which neither Transformers nor a loaded plugin reads"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
     except SafetensorError as error:
         raise CheckpointError(f"{name} holds a file that is not whole: {error}") from None
+
+
+def quantization_method(name: str) -> str | None:
+    """The ``quant_method`` of a model, of a directory or a hub name; None where it is not quantized.
+
+    Raises:
+        CheckpointError: ``name`` can only be a directory, and there is none; OSError: the config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1) and not Path(name).is_dir():
+        raise CheckpointError(f"there is no model directory {name}")
+    quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", None) or {}
+    method: str | None = quantization.get("quant_method")
+    return method
 
 
 def describe(directory: Path) -> dict[str, Any]:

@@ -188,7 +188,10 @@ def _target_layout(
     kind = TARGETS[target]
     if layout.bits not in kind.widths:
         raise CheckpointError(f"{source} has {layout.bits} bits, which {kind.label} cannot hold")
-    written = kind(layout.bits, layout.group_size, layout.symmetric and kind.may_be_symmetric)
+    if type(layout) is kind:
+        written = layout  # with settings that only this format has
+    else:
+        written = kind(layout.bits, layout.group_size, layout.symmetric and kind.may_be_symmetric)
     for name, (n, k) in layers.items():
         try:
             written.parts(n, k)

@@ -82,10 +82,10 @@ def _sample(processor: Any, picture: Any, passage: Tensor, length: int) -> Mappi
 
 
 def _open(file: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(file) as picture:
             return picture.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{file} is not a picture that can be read") from None
+    except OSError as error:  # of a cut file it does not say which
+        raise ValueError(f"{file} is not a picture that can be read: {error}") from None

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from kernelgraft_core.quant.formats.layout import Layout
 from kernelgraft_core.quant.formats.native import Native
-from kernelgraft_core.quant.formats.registry import find_layout
-from kernelgraft_core.runtime.errors import CheckpointError
 
-from .packed_quantizer import PackedQuantizer
+from .packed_quantizer import PackedConfig, PackedQuantizer
 
 METHOD = Native.label
 
 
-class KernelgraftAwqConfig(QuantizationConfigMixin):
+class KernelgraftAwqConfig(PackedConfig):
     """``quantization_config`` of a checkpoint in kernelgraft's own format.
 
     Args:
@@ -40,21 +35,8 @@ class KernelgraftAwqConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            raise CheckpointError(f"quantization_config has {', '.join(sorted(unknown))}, unknown to {METHOD}")
-        listed = modules_to_not_convert
-        if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
-            raise CheckpointError(
-                f"quantization_config has modules_to_not_convert = {listed!r}, expected a list of names"
-            )
-        self.quant_method = quant_method
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        self.modules_to_not_convert, self.format_version = listed, format_version
-        self.layout()
-
-    def layout(self) -> Layout:
-        """How the layers are stored."""
-        return find_layout(self.to_dict())
+        super().__init__(quant_method, modules_to_not_convert, format_version, unknown)
 
 
 class NativeQuantizer(PackedQuantizer):

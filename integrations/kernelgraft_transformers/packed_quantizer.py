@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kernelgraft_core.quant.experts import find_fused_experts, unfuse_experts
 from kernelgraft_core.quant.formats.layout import Layout, StoredTensor
+from kernelgraft_core.quant.formats.registry import find_layout
 from kernelgraft_core.quant.packed_linear import PackedLinear
 from kernelgraft_core.runtime.errors import CheckpointError, UnsupportedModelError
 
 from .checkpoint import activation_scales, check_layers, read_headers
 
 
+class PackedConfig(QuantizationConfigMixin):
+    """What the ``quantization_config`` of our own formats have in common. Subclasses set their settings first.
+
+    Args:
+        method: the format's ``quant_method``.
+        modules_to_not_convert: names, or parts of paths, of what is stored unquantized; the output head is anyway.
+        format_version: of the format.
+        unknown: settings that the format does not have.
+
+    Raises:
+        CheckpointError: there are any, or a value is not one of the format; the message names it.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        modules_to_not_convert: list[str] | None,
+        format_version: int | None,
+        unknown: Mapping[str, Any],
+    ) -> None:
+        if unknown:
+            raise CheckpointError(f"quantization_config has {', '.join(sorted(unknown))}, unknown to {method}")
+        listed = modules_to_not_convert
+        if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+            raise CheckpointError(
+                f"quantization_config has modules_to_not_convert = {listed!r}, expected a list of names"
+            )
+        self.quant_method = method
+        self.modules_to_not_convert, self.format_version = listed, format_version
+        self.layout()
+
+    def layout(self) -> Layout:
+        """How the layers are stored."""
+        return find_layout(self.to_dict())
+
+
 class PackedQuantizer(HfQuantizer):
     """Replaces the linear layers of a model under construction by :class:`PackedLinear`, those of experts included.
 
     Attributes:
+        layer_type: of the new layers.
         layout: how the checkpoint stores its layers, known once its files are.
 
     Raises:
@@ -31,6 +70,7 @@ class PackedQuantizer(HfQuantizer):
     """
 
     requires_calibration = True
+    layer_type: ClassVar[type[PackedLinear]] = PackedLinear
 
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
@@ -56,7 +96,7 @@ class PackedQuantizer(HfQuantizer):
         Raises:
             ValueError: the layout cannot hold it.
         """
-        return PackedLinear(
+        return self.layer_type(
             linear.in_features,
             linear.out_features,
             self.layout,
@@ -76,12 +116,12 @@ class PackedQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         stored = read_headers(files)
         self.layout = self.find_layout(stored)
-        if stored:
-            check_layers(stored, self.layout, files[0].parent)
-            _check_activations(stored, model)
         skipped = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
+        if stored:
+            _check_excluded(check_layers(stored, self.layout, files[0].parent), skipped)
+            _check_activations(stored, model)
         try:
             self._unfused = any(not _is_skipped(name, skipped) for name, _ in find_fused_experts(model))
         except UnsupportedModelError as error:
@@ -161,6 +201,15 @@ def _without_fusing(conversions: list[Any]) -> list[Any]:
             if stored != name:
                 kept.append(WeightRenaming(rf"\.experts\.(\d+)\.{stored}\.", rf".experts.\1.{name}."))
     return kept
+
+
+def _check_excluded(layers: Iterable[str], skipped: Sequence[str]) -> None:
+    """Transformers would fill the layer with noise, and warn at most."""
+    if both := [name for name in layers if _is_skipped(name, skipped)]:
+        raise CheckpointError(
+            f"{both[0]} is stored quantized, but modules_to_not_convert, or the model's class for an output head, says "
+            "that it is not"
+        )
 
 
 def _check_activations(stored: Mapping[str, StoredTensor], model: nn.Module) -> None:

@@ -47,7 +47,7 @@ def choose_device(name: str) -> torch.device:
     """A device by name; ``auto`` is the GPU where there is one.
 
     Raises:
-        ValueError: PyTorch does not know the device, or does not have it.
+        ValueError: PyTorch does not know the device or does not have it, or it is neither a CPU nor a CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,4 +57,6 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not one that PyTorch knows") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not one that models are quantized on; those are auto, cpu and cuda")
     return device

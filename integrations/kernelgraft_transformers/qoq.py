@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers.quantizers import auto
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kernelgraft_core.quant.formats.layout import Layout
 from kernelgraft_core.quant.formats.qoq import Qoq
-from kernelgraft_core.quant.formats.registry import find_layout
 from kernelgraft_core.quant.w4a8.linear import W4A8Linear
-from kernelgraft_core.runtime.errors import CheckpointError
 from kernelgraft_core.runtime.patching import Patches
 
-from .packed_quantizer import PackedQuantizer
+from .packed_quantizer import PackedConfig, PackedQuantizer
 
 METHOD = Qoq.label
 
@@ -26,7 +21,7 @@ def graft(patches: Patches) -> None:
     patches.item(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, QoqCheckpointConfig)
 
 
-class QoqCheckpointConfig(QuantizationConfigMixin):
+class QoqCheckpointConfig(PackedConfig):
     """``quantization_config`` of a QoQ checkpoint.
 
     Args:
@@ -53,27 +48,11 @@ class QoqCheckpointConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            raise CheckpointError(f"quantization_config has {', '.join(sorted(unknown))}, unknown to {METHOD}")
-        self.quant_method = quant_method
         self.bits, self.group_size, self.zero, self.act_bits, self.kv = bits, group_size, zero, act_bits, kv
-        self.modules_to_not_convert, self.format_version = modules_to_not_convert, format_version
-        self.layout()
-
-    def layout(self) -> Layout:
-        """How the layers are stored."""
-        return find_layout(self.to_dict())
+        super().__init__(quant_method, modules_to_not_convert, format_version, unknown)
 
 
 class QoqQuantizer(PackedQuantizer):
     """Checkpoints of 4-bit weights for 8-bit activations."""
 
-    def new_layer(self, linear: nn.Linear) -> W4A8Linear:
-        return W4A8Linear(
-            linear.in_features,
-            linear.out_features,
-            self.layout,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
-        )
+    layer_type = W4A8Linear

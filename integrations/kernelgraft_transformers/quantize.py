@@ -255,30 +255,25 @@ def quantize_checkpoint(
     job = described | {"files": _fingerprint(source.directory), "ranks": world_size(), "dtype": str(source.dtype)}
     started = time.perf_counter()
     run = _Run(source, scheme, RECIPES[recipe].method(config), written, torch.device(device))
-    try:
-        with Workspace(workspace_of(out), job, on_disk=offload) as workspace:
-            run.blocks(workspace, batches[rank() :: world_size()], on_block)
-            notes = [workspace.notes(index) for index in range(run.model.count)] if rank() == 0 else []
-            record = described | {
-                "seconds": round(time.perf_counter() - started, 1),
-                "environment": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "machine": platform.machine(),
-                },
-                "layers": [layer for note in notes for layer in note["layers"]],
-                "searches": [search for note in notes for search in note["searches"]],
-            }
-            if rank() == 0:
-                with replaced_directory(out, overwrite=overwrite) as directory:
-                    files = [workspace.block_file(index) for index in range(run.model.count)]
-                    write_checkpoint(directory, run.model, files, source, written, run.unquantized, record, run.changes)
-                _delete_leftovers(out)
-            workspace.remove()
-    except ValueError:
-        # What the user has to change makes it another job; disk full, Ctrl-C and the like keep what was done.
-        shutil.rmtree(workspace_of(out), ignore_errors=True)
-        raise
+    with Workspace(workspace_of(out), job, on_disk=offload) as workspace:
+        run.blocks(workspace, batches[rank() :: world_size()], on_block)
+        notes = [workspace.notes(index) for index in range(run.model.count)] if rank() == 0 else []
+        record = described | {
+            "seconds": round(time.perf_counter() - started, 1),
+            "environment": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            },
+            "layers": [layer for note in notes for layer in note["layers"]],
+            "searches": [search for note in notes for search in note["searches"]],
+        }
+        if rank() == 0:
+            with replaced_directory(out, overwrite=overwrite) as directory:
+                files = [workspace.block_file(index) for index in range(run.model.count)]
+                write_checkpoint(directory, run.model, files, source, written, run.unquantized, record, run.changes)
+            _delete_leftovers(out)
+        workspace.remove()
     return record
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kernelgraft_core.runtime.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 1 << 30  # what writing a shard may take of memory
 
 DTYPES = {
@@ -108,7 +109,7 @@ def write_shards(directory: Path, tensors: Mapping[str, PendingTensor]) -> None:
         filled += pending.size
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file({n: tensors[n].get().contiguous() for n in names}, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -117,11 +118,13 @@ def write_shards(directory: Path, tensors: Mapping[str, PendingTensor]) -> None:
 
 
 def list_shards(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory.
+    """The safetensors files of a model directory, without others that hold the same in another form.
 
     Raises:
         CheckpointError: there is none, or the index names one that is not there.
     """
+    if (directory / WEIGHTS).is_file():  # as Transformers chooses
+        return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         try:
             named = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))

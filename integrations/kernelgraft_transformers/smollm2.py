@@ -7,6 +7,7 @@ quantizing it again costs is not what it costs a model that was never rounded: w
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def materialize(cache: Path) -> Path:
         describe(path)
     except CheckpointError:  # not there, or somebody took a part of it away
         source = _find_gguf()
+        shutil.rmtree(path, ignore_errors=True)  # without its config it would pass for something else
         with replaced_directory(path, overwrite=True) as directory:
             _convert(source, directory)
     return path

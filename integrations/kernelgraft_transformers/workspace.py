@@ -55,8 +55,13 @@ class Workspace:
     def __enter__(self) -> Workspace:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if rank() == 0:
+            if kind is not None and issubclass(kind, ValueError):
+                # What the user has to change makes it another job; disk full, Ctrl-C and the like keep what was done.
+                # While the lock is held: afterwards the directory may be another process's.
+                self._delete()
+                shutil.rmtree(self.path, ignore_errors=True)
             self._lock.release()
 
     def resume(self) -> tuple[int, Sequence[Tensor]] | None:

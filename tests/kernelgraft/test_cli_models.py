@@ -1,6 +1,7 @@
 """quantize, inspect and ppl on the command line: results on stdout, progress on stderr, errors in one sentence."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def quiet(monkeypatch, reproducible):
     monkeypatch.setenv("COLUMNS", "200")
     torch.set_num_threads(1)
     yield
-    kernelgraft.unload_plugin("awq")
+    for plugin in ("awq", "qoq"):
+        kernelgraft.unload_plugin(plugin)
 
 
 @pytest.fixture
@@ -120,6 +122,20 @@ def test_inspect_takes_a_float_model(run, float_llama):
     code, stdout, _ = run("inspect", float_llama, "--layers")
     assert code == 0
     assert "none" in stdout
+    assert "no errors are known: there is no record of ours" in stdout
+
+
+def test_inspect_knows_old_autoawq_checkpoints(run, checkpoint, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(checkpoint, old)
+    config = json.loads((old / "config.json").read_text())
+    del config["quantization_config"]
+    (old / "config.json").write_text(json.dumps(config))
+    settings = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (old / "quant_config.json").write_text(json.dumps(settings))
+    code, stdout, _ = run("inspect", old)
+    assert code == 0
+    assert [line.split()[1] for line in stdout.splitlines() if line.split()[:1] == ["quantization"]] == ["awq"]
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "awq"])
@@ -132,6 +148,18 @@ def test_ppl_prints_one_number(run, float_llama, checkpoint, text, words, quanti
     assert float(stdout) == pytest.approx(plain, rel=0.2 if quantized else 1e-4)
     assert (stdout.strip() == f"{plain:.4f}") != quantized
     assert stdout.strip() not in stderr
+
+
+def test_ppl_runs_what_it_can_only_load_with_a_plugin(run, float_llama, text, tmp_path):
+    command = ("quantize", float_llama, "-o", tmp_path / "qoq", "--calib", text, "--recipe", "qoq-g64", *SMALL)
+    assert run(*command)[0] == 0
+    results = []
+    for directory in (float_llama, tmp_path / "qoq"):
+        code, stdout, stderr = run("ppl", directory, "--text", text, "--windows", 3, "--seqlen", 32)
+        assert code == 0
+        assert "MISSING" not in stderr
+        results.append(float(stdout))
+    assert results[1] == pytest.approx(results[0], rel=0.2)
 
 
 def test_ppl_runs_in_other_dtypes_and_has_a_text_of_its_own(run, checkpoint):
@@ -201,6 +229,7 @@ def test_failures_exit_with_one_and_one_sentence(run, float_llama, checkpoint, t
         ("ppl", float_llama, "--text", text, "--seqlen", 5000): "perplexity needs one window of 5000",
         ("ppl", float_llama, "--text", text, "--windows", 0): "perplexity wants 0 windows",
         ("ppl", float_llama, "--text", empty): "empty.txt is empty",
+        ("ppl", tmp_path / "none", "--text", text): f"there is no model directory {tmp_path / 'none'}",
     }
     for arguments, message in cases.items():
         code, stdout, stderr = run(*arguments)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -334,6 +335,23 @@ def test_a_model_in_the_cache_is_not_made_again(finished, tmp_path, monkeypatch)
     cached.symlink_to(finished["model"])
     monkeypatch.setattr(importlib.util, "find_spec", None)
     assert smollm2.materialize(tmp_path) == cached
+
+
+def test_a_model_in_the_cache_of_which_a_part_is_gone_is_made_again(finished, tmp_path, monkeypatch):
+    from kernelgraft_transformers import smollm2
+
+    cached = tmp_path / "models" / smollm2.NAME
+    cached.mkdir(parents=True)
+    (cached / "model.safetensors").write_bytes(b"half")
+
+    def make(_, directory):
+        shutil.copytree(finished["model"], directory, dirs_exist_ok=True)
+
+    monkeypatch.setattr(smollm2, "_find_gguf", lambda: None)
+    monkeypatch.setattr(smollm2, "_convert", make)
+    assert smollm2.materialize(tmp_path) == cached
+    assert sorted(p.name for p in cached.iterdir()) == sorted(p.name for p in finished["model"].iterdir())
+    assert [p.name for p in cached.parent.iterdir()] == [smollm2.NAME]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ def convert(
         Path, typer.Argument(metavar="IN", help="A quantized model directory, or a .pt file of llm-awq.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears whole or not at all.")],
-    to: Annotated[str, typer.Option(help="awq (AutoAWQ GEMM), compressed-tensors or kernelgraft.")],
+    to: Annotated[str, typer.Option(help="awq (AutoAWQ GEMM), compressed-tensors, kernelgraft, or qoq from qoq.")],
     source_format: Annotated[
         str | None, typer.Option("--from", help="llm-awq, for files that do not say what they are.")
     ] = None,
@@ -30,7 +30,7 @@ def convert(
 ) -> None:
     """Write a quantized checkpoint in another format. Weights stay bit for bit what they are.
 
-    Reads AutoAWQ GEMM, GEMV and GEMV_FAST, llm-awq, compressed-tensors W4A16 and kernelgraft's own.
+    Reads AutoAWQ GEMM, GEMV and GEMV_FAST, llm-awq, compressed-tensors W4A16, QoQ and kernelgraft's own.
 
     Examples:
 

@@ -11,6 +11,9 @@ import typer
 from .builtin_text import BUILT_IN_TEXT, built_in_halves
 from .console import console, count_bytes, escape, table
 
+PLUGINS = {"awq": "awq", "kernelgraft_awq": "awq", "qoq": "qoq"}
+"""Which plugin loads a checkpoint, by its ``quant_method``."""
+
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Directory or hub name of the model to quantize.")],
@@ -139,7 +142,7 @@ def inspect(
     for name, value in (
         ("model", f"{found['model_type']}, {found['layers']} layers, {found['dtype']}"),
         ("size", count_bytes(found["bytes"])),
-        ("quantization", quantization.get("quant_method", "none")),
+        ("quantization", quantization.get("quant_method", "awq" if layout else "none")),  # old AutoAWQ does not say
         ("layout", f"{layout['format']}{', symmetric' if layout['symmetric'] else ''}" if layout else "-"),
         ("bits, group size", f"{layout['bits']}, {layout['group_size']}" if layout else "-"),
         ("quantized layers", found["quantized_layers"]),
@@ -159,8 +162,8 @@ def inspect(
         )
         rows.add_row("time", f"{record['seconds']:.0f} s")
     console().print(rows)
-    if layers and record:
-        console().print(layer_table(record["layers"]))
+    if layers:
+        console().print(layer_table(record["layers"]) if record else "no errors are known: there is no record of ours")
 
 
 def ppl(
@@ -175,7 +178,7 @@ def ppl(
 ) -> None:
     """Measure perplexity over disjoint windows of a text.
 
-    AWQ checkpoints run on kernelgraft's kernels.
+    AWQ and QoQ checkpoints run on kernelgraft's kernels.
 
     Example: [bold]kernelgraft ppl ./SmolLM2-awq --text wiki.test.raw --windows 64[/]
     """
@@ -183,13 +186,15 @@ def ppl(
     from transformers import AutoTokenizer
 
     import kernelgraft
-    from kernelgraft_transformers.checkpoint import load_model
+    from kernelgraft_transformers.checkpoint import load_model, quantization_method
     from kernelgraft_transformers.texts import encode, perplexity, read_text
 
     if dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise typer.BadParameter(f"{dtype!r} is not float32, bfloat16, float16 or auto", param_hint="--dtype")
     content = built_in_halves()[1] if text is None else read_text(text)
-    kernelgraft.load_plugin("awq")
+    method = quantization_method(model)
+    if method in PLUGINS:
+        kernelgraft.load_plugin(PLUGINS[method])
     loaded = load_model(model, dtype)
     tokens = encode(AutoTokenizer.from_pretrained(model), content)
     with Progress(console=console(stderr=True), transient=True) as progress:

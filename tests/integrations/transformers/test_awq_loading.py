@@ -160,9 +160,34 @@ def test_part_of_a_name_excludes_nothing(plugin, quantized, damaged):
     assert isinstance(model.get_submodule(UP), AwqLinear)
 
 
-def test_excluding_everything_is_refused(plugin, damaged):
+@pytest.mark.parametrize("listed", ["up_proj", "model.layers.1", "mlp"])
+def test_a_quantized_layer_that_is_listed_as_another_is_refused_not_filled_with_noise(plugin, damaged, listed):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.\d\.(mlp|self_attn)\.\w+ is stored quantized, but modules_to_not"
+    ):
+        load(damaged(lambda config: config.update(modules_to_not_convert=[listed])))
+
+
+def test_a_quantized_output_head_is_refused(plugin, damaged):
+    def quantize_head(tensors):
+        del tensors["lm_head.weight"]
+        for part in PARTS:
+            tensors[f"lm_head.{part}"] = tensors[f"{UP}.{part}"].clone()
+
+    with pytest.raises(CheckpointError, match=r"lm_head is stored quantized, but .* output head, says that it is not"):
+        load(damaged(tensors=quantize_head))
+
+
+def test_excluding_everything_is_refused(plugin, quantized, damaged):
+    layers = [layer["name"] for layer in quantized.record["layers"]]
+
+    def exclude(tensors):
+        for part in PARTS:
+            tensors[f"other.{part}"] = tensors[f"{UP}.{part}"].clone()
+        unquantized(quantized, *layers)(tensors)
+
     with pytest.raises(CheckpointError, match=r"no linear layer of LlamaForCausalLM is left.*skipped: .*'model'"):
-        load(damaged(lambda config: config.update(modules_to_not_convert=["model"])))
+        load(damaged(lambda config: config.update(modules_to_not_convert=["model"]), exclude))
 
 
 BAD_CONFIGS = [

@@ -18,9 +18,11 @@ from kernelgraft_transformers.checkpoint import (
     copy_companions,
     describe,
     load_model,
+    quantization_method,
     read_headers,
     replaced_directory,
 )
+from kernelgraft_transformers.shards import list_shards
 
 
 @pytest.fixture
@@ -220,6 +222,13 @@ def test_autoawqs_file_of_its_own_is_read(damaged):
     assert describe(directory)["layout"]["group_size"] == 32
 
 
+def test_the_same_weights_in_another_form_are_left_out_as_transformers_does(damaged):
+    directory = damaged()
+    (directory / "consolidated.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+    assert list_shards(directory) == [directory / "model.safetensors"]
+    assert describe(directory)["bytes"] == (directory / "model.safetensors").stat().st_size
+
+
 def test_an_index_that_promises_more_than_the_files_hold_is_refused(damaged):
     directory = damaged()
     index = {"weight_map": {"model.norm.weight": "model.safetensors", "gone.weight": "model.safetensors"}}
@@ -240,6 +249,23 @@ def test_what_lies_beside_the_weights_is_copied(tmp_path):
     copy_companions(source, target)
     assert names(target) == sorted(kept)
     assert (target / "modeling.py").read_text() == "modeling.py"
+
+
+def test_a_quantization_that_nothing_reads_is_refused_not_filled_with_noise(damaged):
+    directory = damaged(lambda config: config.update(quant_method="qoq"))
+    with pytest.raises(CheckpointError, match="is quantized, quant_method 'qoq', which neither Transformers nor"):
+        load_model(str(directory), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "../some/model", "three/part/name"])
+def test_a_directory_that_is_not_there_is_no_hub_name(name):
+    with pytest.raises(CheckpointError, match=f"there is no model directory {name}"):
+        quantization_method(name)
+
+
+def test_the_method_of_a_model_is_read_from_its_config(damaged, float_llama):
+    assert quantization_method(str(damaged())) == "awq"
+    assert quantization_method(str(float_llama)) is None
 
 
 def test_a_truncated_float_model_is_refused_by_name(model):

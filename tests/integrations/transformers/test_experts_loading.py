@@ -1,5 +1,7 @@
 """Mixtures of experts, stored expert by expert as AutoAWQ and kernelgraft do, through from_pretrained."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -76,6 +78,15 @@ def test_experts_that_are_not_converted_stay_fused(plugin, source, pack):
     model = load(packed)
     assert not any(isinstance(layer, UnfusedExperts) for layer in model.modules())
     assert_close("logits", logits(load(exact)), logits(model), 2e-3)
+
+
+def test_quantized_experts_that_are_listed_as_others_are_refused(plugin, source, pack):
+    packed, _ = pack(source, Gemm(4, 32), ROUTERS)
+    settings = json.loads((packed / "config.json").read_text())
+    settings["quantization_config"]["modules_to_not_convert"] = [*ROUTERS, "experts"]
+    (packed / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"\.experts\.0\.\w+ is stored quantized, but modules_to_not_convert"):
+        load(packed)
 
 
 def test_an_expert_that_is_missing_is_named(plugin, kind, source, pack):

@@ -118,5 +118,10 @@ def test_folders_and_models_without_pictures_are_refused(llava, float_llama, pic
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.jpg is not a picture"):
         draw_image_samples(source, tmp_path, TEXT, CALIBRATION)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "broken.jpg")
+    whole = (tmp_path / "broken.jpg").read_bytes()
+    (tmp_path / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"broken\.jpg is not a picture that can be read: image file is truncated"):
+        draw_image_samples(source, tmp_path, TEXT, CALIBRATION)
     with pytest.raises(UnsupportedModelError, match="takes no pictures"):
         draw_image_samples(load_source(str(float_llama)), pictures, words, CALIBRATION)

@@ -28,6 +28,7 @@ from kernelgraft_core.quant.qoq.turn import Turn
 from kernelgraft_core.quant.rounding import Scheme
 from kernelgraft_core.quant.runner import as_arguments, quantize_model
 from kernelgraft_core.runtime.errors import UnsupportedModelError
+from kernelgraft_transformers.convert import convert_checkpoint
 from kernelgraft_transformers.quantize import load_source, quantize_checkpoint
 from kernelgraft_transformers.texts import Calibration, encode
 
@@ -143,6 +144,18 @@ def test_settings_reach_the_config(float_llama, words, tmp_path, settings, zero,
     quantize(float_llama, tmp_path / "out", words, settings=settings)
     found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (found["zero"], found["kv"]) == (zero, kv)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rewritten_as_itself_it_keeps_its_settings_and_every_bit(float_llama, words, tmp_path, recipe):
+    made = tmp_path / "made"
+    quantize_checkpoint(load_source(str(float_llama)), made, words, recipe=recipe, calibration=CALIBRATION)
+    convert_checkpoint(made, tmp_path / "again", "qoq")
+    configs = [json.loads((path / "config.json").read_text()) for path in (made, tmp_path / "again")]
+    assert configs[0] == configs[1]
+    before, after = (load_file(path / "model.safetensors") for path in (made, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])

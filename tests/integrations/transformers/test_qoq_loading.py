@@ -98,6 +98,8 @@ def test_what_was_loaded_is_saved_bit_for_bit(grafted, checkpoint, tmp_path):
         ({"act_bits": 4}, "act_bits = 4, expected 8"),
         ({"groups": 3}, "groups, unknown to qoq"),
         ({"bits": 8}, "bits = 8"),
+        ({"modules_to_not_convert": "mlp"}, "modules_to_not_convert = 'mlp', expected a list of names"),
+        ({"modules_to_not_convert": ["mlp"]}, r"mlp\.down_proj is stored quantized, but modules_to_not_convert"),
     ],
 )
 def test_configs_of_another_kind_are_refused(grafted, checkpoint, tmp_path, change, message):
