@@ -6,21 +6,19 @@ This is called for every linear layer of every decoded token: what sizes alone d
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernelgraft_core.runtime.scratch import SCRATCH, lines
 from kernelgraft_core.runtime.threads import Launch, Phase
 
 from .weight import PackedWeight
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # cpu_kernels.FLOAT, BFLOAT, HALF
 LARGEST_BLOCK = 256  # values along K that share a scale
-KEPT_SCRATCH = 1 << 20  # bytes that a thread keeps for its next call
 LEAST_ROWS = 4  # cpu_tile.QUAD
-LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
@@ -30,26 +28,6 @@ class _Call:
     launch: Launch
     sizes: tuple[int, ...]
     scratch: int
-
-
-class _Scratch(threading.local):
-    """Memory for quantized activations; a thread that calls has its own, and keeps it when it is small."""
-
-    def __init__(self) -> None:
-        self.size, self.kept = 0, (torch.empty(0), 0)
-
-    def reserve(self, size: int) -> tuple[Tensor, int]:
-        """At least ``size`` bytes: what owns them, and the address, aligned to cache lines."""
-        if size <= self.size:
-            return self.kept
-        memory = torch.empty(size + LINE, dtype=torch.uint8)
-        reserved = memory, _lines(memory.data_ptr())
-        if size <= KEPT_SCRATCH:
-            self.size, self.kept = size, reserved
-        return reserved
-
-
-_scratch = _Scratch()
 
 
 @functools.cache
@@ -70,7 +48,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     *lead, k = x.shape
     call = _call(x.numel() // k, n, k, groups, weight.bits, x.dtype)
     out = torch.empty((*lead, n), dtype=x.dtype)
-    memory, address = _scratch.reserve(call.scratch)
+    memory, address = SCRATCH.reserve(call.scratch)
     biased = (0, 0) if bias is None else (KINDS[bias.dtype], bias.data_ptr())
     call.launch(n, k, groups, *_addresses(weight), out.data_ptr(), *biased, x.data_ptr(), address, *call.sizes)
     del memory  # not before the launch is done
@@ -106,9 +84,9 @@ def _call(tokens: int, n: int, k: int, groups: int, bits: int, dtype: torch.dtyp
     vectors, parts = shape
     blocks = k * parts // (4 * isa.lanes * vectors)
     padded, steps, spread = -(-blocks // 16) * 16, -(-blocks // parts), 1 if parts == 1 else isa.lanes // 2
-    x_scale = _lines(2 * tokens * k)
-    x_shift = x_scale + _lines(4 * tokens * steps * spread)
-    rest = x_shift + _lines(4 * tokens * padded)
+    x_scale = lines(2 * tokens * k)
+    x_shift = x_scale + lines(4 * tokens * steps * spread)
+    rest = x_shift + lines(4 * tokens * padded)
     uneven = 2 * rest
     launch = Launch(
         Phase(kernels.quantize_kernel().address, tokens, grain=4),
@@ -128,8 +106,3 @@ def _dequantize_launch(n: int, group: int, bits: int, dtype: torch.dtype) -> tup
         lanes = isa.lanes if group % (4 * isa.lanes) == 0 else isa.narrow.lanes
         return Launch(Phase(cpu_halves.halves_kernel(bits, lanes, KINDS[dtype]).address, n, grain=16)), True
     return Launch(Phase(cpu_kernels.dequantize_kernel(bits).address, n, grain=16)), False
-
-
-def _lines(size: int) -> int:
-    """Bytes, or an address, rounded up to whole cache lines."""
-    return -(-size // LINE) * LINE

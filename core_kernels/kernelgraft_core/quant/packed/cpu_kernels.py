@@ -58,7 +58,7 @@ GENERATORS = hashlib.sha256(
 
 
 @numba.njit(inline="always")
-def _load_floats(target: Any, address: int, kind: int, count: int) -> None:
+def load_floats(target: Any, address: int, kind: int, count: int) -> None:
     """``count`` numbers of a kind at ``address`` to a float32 array."""
     if kind == BFLOAT:
         bits = target.view(np.int32)
@@ -76,7 +76,7 @@ def _load_floats(target: Any, address: int, kind: int, count: int) -> None:
 
 
 @numba.njit(inline="always")
-def _store_floats(address: int, kind: int, source: Any, addend: Any, count: int) -> None:
+def store_floats(address: int, kind: int, source: Any, addend: Any, count: int) -> None:
     """``source + addend``, float32, to ``count`` numbers of a kind, rounded to the nearest, ties to even."""
     if kind == BFLOAT:
         halves = numba.carray(pointer(address), (count,), np.uint16)
@@ -189,7 +189,7 @@ def quantize_kernel() -> Any:
         uneven = numba.carray(pointer(scratch + args[UNEVEN]), (tokens,), np.uint8)
         tiled = tokens // TILE * TILE
         for m in range(start, stop):
-            _load_floats(row, args[X] + m * k * (4 if kind == FLOAT else 2), kind, k)
+            load_floats(row, args[X] + m * k * (4 if kind == FLOAT else 2), kind, k)
             if m < tiled:
                 uneven[m] = _quantize_row(row, rounded, args, scratch, m // TILE * TILE, TILE, m % TILE)
             else:
@@ -231,7 +231,7 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
             _unpack_panel(args, first, width, per_group, w_scale, w_shift)
             if args[BIAS]:
                 at = args[BIAS] + first * (4 if args[BIAS_KIND] == FLOAT else 2)
-                _load_floats(bias, at, args[BIAS_KIND], width)
+                load_floats(bias, at, args[BIAS_KIND], width)
             words, high = args[QWEIGHT] + first * row_bytes, args[QHIGH] + first * high_bytes
             m = 0
             while m < tokens:
@@ -261,7 +261,7 @@ def rows_kernel(isa: InstructionSet, bits: int, vectors: int, parts: int) -> Any
                         for r in range(width):
                             product[lane, r] += rest[r]
                     at = args[OUT] + ((m + lane) * rows + first) * (4 if kind == FLOAT else 2)
-                    _store_floats(at, kind, product[lane], bias, width)
+                    store_floats(at, kind, product[lane], bias, width)
                 m += count
 
     return multiply_rows

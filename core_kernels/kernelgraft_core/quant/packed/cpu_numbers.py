@@ -69,6 +69,29 @@ def round_run(typing_context: Any, source: Any, target: Any, count: Any, scale: 
     return pair(types.int64, types.int64, types.int64, types.float32, types.float32), generate
 
 
+@intrinsic
+def round_bytes(typing_context: Any, source: Any, target: Any, count: Any, scale: Any) -> Any:
+    """``count`` float32 at ``source``, a multiple of RUN, over ``scale`` to the nearest int8 at ``target``; its sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emit(builder, _ANY)
+        scales = emit.widen(args[3], RUN)
+
+        def work(i: Any, sums: list[Any]) -> list[Any]:
+            values = emit.load(args[0], _FLOATS, emit.times(i, 4 * RUN))
+            # A product with the inverse would round some halves the other way.
+            nearest = emit.call(f"llvm.rint.v{RUN}f32", _FLOATS, builder.fdiv(values, scales))
+            integers = builder.fptosi(nearest, _INTEGERS)
+            emit.store(builder.trunc(integers, vector(ir.IntType(8), RUN)), args[1], emit.times(i, RUN), align=1)
+            return [builder.add(sums[0], integers)]
+
+        runs = builder.udiv(args[2], ir.Constant(I64, RUN))
+        (total,) = emit.loop(runs, [constant(0, _INTEGERS)], work)
+        return emit.call(f"llvm.vector.reduce.add.v{RUN}i32", I32, total)
+
+    return types.int32(types.int64, types.int64, types.int64, types.float32), generate
+
+
 @intrinsic(prefer_literal=True)
 def spread_planes(typing_context: Any, lanes: Any, source: Any, target: Any) -> Any:
     """``4 * lanes`` int16 in their own order, at ``source``, to the four planes of a vector at ``target``."""

@@ -104,11 +104,11 @@ class Emit:
     def store(self, value: Any, base: Any, offset: Any = 0, align: int = 4) -> None:
         self.b.store(value, self.b.bitcast(self.at(base, offset), value.type.as_pointer())).align = align
 
-    def prefetch(self, base: Any, offset: Any) -> None:
-        """Ask for a cache line that is read once; an address beyond the array does no harm."""
+    def prefetch(self, base: Any, offset: Any, near: int = 3) -> None:
+        """Ask for a cache line; an address beyond the array does no harm. ``near``: 3 for the nearest cache, then 2."""
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0i8")
-        self.b.call(function, [self.at(base, offset), *(ir.Constant(I32, hint) for hint in (0, 3, 1))])
+        self.b.call(function, [self.at(base, offset), *(ir.Constant(I32, hint) for hint in (0, near, 1))])
 
     def times(self, index: Any, factor: int) -> Any:
         return self.b.mul(index, ir.Constant(I64, factor))

@@ -1,41 +1,26 @@
-"""The W4A8 ops on a CPU: the weight expanded once to int8, and oneDNN's products of unsigned and signed bytes.
-
-Four bits become eight without loss, so the integers are those of every other backend. The expanded weight takes one
-byte per element beside the packed one; it is made at the first call and lives as long as the packed weight.
-"""
+"""The W4A8 ops on a CPU: see :mod:`.cpu_products`."""
 
 from __future__ import annotations
-
-import logging
-import weakref
 
 import torch
 from torch import Tensor
 
-from kernelgraft_core.runtime.device import cpu_int8_is_exact
-
-from . import reference
+from . import cpu_products, reference
+from .cpu_panels import GROUPS, NIBBLES, Panels
 from .reference import Quantized
 from .weight import W4A8Weight
 
-log = logging.getLogger("kernelgraft")
-
-SHIFT = 128  # oneDNN's fast products take unsigned activations: signed ones fall to a path thousands of times slower
-
-# Expanded weights by the identity of the packed one, with its version: tensors compare elementwise.
-_expanded: dict[int, tuple[int, Tensor]] = {}
-
 
 def quantize_activation(x: Tensor) -> Quantized:
-    return reference.quantize_activation(x)
+    return cpu_products.quantize(x)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
-    return reference.rms_norm_quantize(x, weight, eps)
+    return cpu_products.quantize(reference.rms_norm(x, weight, eps))
 
 
 def silu_mul_quantize(gate_up: Tensor) -> Quantized:
-    return reference.silu_mul_quantize(gate_up)
+    return cpu_products.quantize(reference.silu_mul(gate_up))
 
 
 def w4a8_matmul(
@@ -50,21 +35,11 @@ def w4a8_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    n = qweight.shape[0]
-    rows = q.reshape(-1, q.shape[-1])
-    if not len(rows) or not n:
-        return q.new_zeros((*q.shape[:-1], n), dtype=dtype)
-    packed = _expand(W4A8Weight(qweight, scale, group_scale, group_zero, zero))
-    unsigned = (rows.to(torch.int16) + SHIFT).to(torch.uint8)
-    products: Tensor = torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, SHIFT, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None, 1.0, 0, torch.float32,
-        "none", [], "",
-    )  # fmt: skip
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    out = products.to(wide).mul_(x_scale.reshape(-1, 1).to(wide)).mul_(scale.to(wide))
-    if bias is not None:
-        out += bias.to(wide)
-    return out.to(dtype).view(*q.shape[:-1], n)
+    weight = W4A8Weight(qweight, scale, group_scale, group_zero, zero)
+    panels = _panels(weight)
+    if panels is None:
+        return cpu_products.onednn_matmul(q, x_scale, weight.tensors, weight.int8, scale, bias, dtype)
+    return cpu_products.matmul(q, x_scale, x_sums, panels, bias, dtype)
 
 
 def w4a8_linear(
@@ -76,28 +51,24 @@ def w4a8_linear(
     zero: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    q, x_scale, x_sums = quantize_activation(x)
-    return w4a8_matmul(q, x_scale, x_sums, qweight, scale, group_scale, group_zero, zero, bias, x.dtype)
+    weight = W4A8Weight(qweight, scale, group_scale, group_zero, zero)
+    panels = _panels(weight)
+    if panels is None:
+        q, x_scale, _ = cpu_products.quantize(x)
+        return cpu_products.onednn_matmul(q, x_scale, weight.tensors, weight.int8, scale, bias, x.dtype)
+    return cpu_products.linear(x, panels, bias)
 
 
-def _expand(weight: W4A8Weight) -> Tensor:
-    """The weight in oneDNN's layout. It has no dispatch keys of an ordinary tensor, so no module may hold it."""
-    words = weight.qweight
-    key, version = id(words), 0 if words.is_inference() else words._version
-    known = _expanded.get(key)
-    if known is not None and known[0] == version:
-        return known[1]
-    if known is None:
-        weakref.finalize(words, _expanded.pop, key, None)
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.int8(), None)
-    _expanded[key] = version, packed
-    return packed
-
-
-def _unsupported() -> str | None:
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return "torch has no oneDNN int8 products here"
-    return None if cpu_int8_is_exact() else "int8 products saturate on this processor: it lacks VNNI"
+def _panels(weight: W4A8Weight) -> Panels | None:
+    if not weight.is_arranged:
+        return cpu_products.panels(weight.tensors, weight.int8, weight.scale)
+    qweight, scale, group_scale, group_zero, zero = weight.tensors
+    n = scale.shape[0]
+    if group_scale is None or group_zero is None:
+        assert zero is not None
+        return Panels(NIBBLES, n, (1, qweight.data_ptr(), scale.data_ptr(), 0, 0, zero.data_ptr()), ())
+    where = qweight.data_ptr(), scale.data_ptr(), group_scale.data_ptr(), group_zero.data_ptr(), 0
+    return Panels(GROUPS, n, (group_scale.shape[1], *where), ())
 
 
 def supports_quantize_activation(*_: object) -> str | None:
@@ -108,9 +79,8 @@ supports_rms_norm_quantize = supports_silu_mul_quantize = supports_quantize_acti
 
 
 def supports_w4a8_matmul(*args: object) -> str | None:
-    dtype = args[-1]
-    return "float64 is computed by the reference" if dtype == torch.float64 else _unsupported()
+    return cpu_products.unsupported(args[-1])
 
 
 def supports_w4a8_linear(x: Tensor, *_: object) -> str | None:
-    return "float64 is computed by the reference" if x.dtype == torch.float64 else _unsupported()
+    return cpu_products.unsupported(x.dtype)

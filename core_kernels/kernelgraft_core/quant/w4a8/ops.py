@@ -10,6 +10,7 @@ from torch import Tensor
 from kernelgraft_core.runtime.op import Implementation, Op, deferred
 
 from . import reference
+from .cpu_panels import ROWS, TOGETHER
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WEIGHT = "Tensor qweight, Tensor scale, Tensor? group_scale, Tensor? group_zero, Tensor? zero"
@@ -47,11 +48,11 @@ SILU = Op(
 )
 MATMUL = Op(
     f"w4a8_matmul(Tensor q, Tensor x_scale, Tensor x_sums, {_WEIGHT}, Tensor? bias, ScalarType dtype) -> Tensor",
-    fake=lambda q, *rest: q.new_empty((*q.shape[:-1], rest[2].shape[0]), dtype=rest[-1]),
+    fake=lambda q, *rest: q.new_empty((*q.shape[:-1], rest[3].shape[0]), dtype=rest[-1]),
 )
 LINEAR = Op(
     f"w4a8_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor",
-    fake=lambda x, qweight, *rest: x.new_empty((*x.shape[:-1], qweight.shape[0])),
+    fake=lambda x, qweight, scale, *rest: x.new_empty((*x.shape[:-1], scale.shape[0])),
     autocast=("x", "bias"),
 )
 for _op in (QUANTIZE, NORM, SILU, MATMUL, LINEAR):
@@ -176,22 +177,33 @@ def check_weight(
     qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_zero: Tensor | None, zero: Tensor | None
 ) -> tuple[int, int]:
     """N and K of a weight whose shapes, dtypes and devices are right; values are not looked at."""
-    if qweight.dtype != torch.uint8 or qweight.dim() != 2:
+    if qweight.dtype != torch.uint8 or qweight.dim() not in (2, 4):
         raise ValueError(f"qweight is {qweight.dtype} {tuple(qweight.shape)}, expected torch.uint8 (N, K / 2)")
-    n, k = qweight.shape[0], 2 * qweight.shape[1]
-    check_scale(scale, qweight)
+    arranged = qweight.dim() == 4
+    n, k = qweight.shape[0], qweight.shape[1] * (8 if arranged else 2)
+    if arranged and scale.dim() == 1:
+        n = scale.shape[0]
+    check_scale(scale, qweight, n)
+    rows = -(-n // TOGETHER) * TOGETHER
+    if arranged and (qweight.shape != (rows // ROWS, k // 8, ROWS, 4) or not qweight.is_contiguous()):
+        raise ValueError(f"qweight is {tuple(qweight.shape)}, expected a contiguous arranged weight of {n} rows")
     parts = {"group_scale": group_scale, "group_zero": group_zero, "zero": zero}
     present = {name: tensor for name, tensor in parts.items() if tensor is not None}
     if sorted(present) not in (["group_scale", "group_zero"], ["zero"]):
         raise ValueError(f"got {sorted(present)}, expected group_scale and group_zero, or zero alone")
+    of_groups = (rows // TOGETHER, "K / group size", TOGETHER) if arranged else (n, "K / group size")
     for name, tensor in present.items():
-        wanted = f"torch.uint8 ({n},)" if name == "zero" else f"torch.uint8 ({n}, K / group size)"
-        if tensor.dtype != torch.uint8 or tensor.dim() != (1 if name == "zero" else 2) or tensor.shape[0] != n:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted}")
+        shape = (n,) if name == "zero" else of_groups
+        sizes = zip(shape, tensor.shape, strict=False)
+        fits = tensor.dim() == len(shape) and all(isinstance(a, str) or a == b for a, b in sizes)
+        if tensor.dtype != torch.uint8 or not fits or (arranged and not tensor.is_contiguous()):
+            wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected torch.uint8 {wanted}")
         _check_device(name, tensor, qweight)
     if group_scale is not None and group_zero is not None:
         groups = group_scale.shape[1]
-        if group_zero.shape != group_scale.shape or groups == 0 or k % groups or k // groups % 2:
+        step = 8 if arranged else 2
+        if group_zero.shape != group_scale.shape or groups == 0 or k % groups or k // groups % step:
             raise ValueError(
                 f"group_scale is {tuple(group_scale.shape)} and group_zero {tuple(group_zero.shape)}: "
                 f"K = {k} does not split into such groups"
@@ -199,9 +211,8 @@ def check_weight(
     return n, k
 
 
-def check_scale(scale: Tensor, qweight: Tensor) -> None:
+def check_scale(scale: Tensor, qweight: Tensor, n: int) -> None:
     """Refuse a ``scale`` that is not float16 ``(N,)`` beside ``qweight``."""
-    n = qweight.shape[0]
     if scale.dtype != torch.float16 or scale.shape != (n,):
         raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}, expected torch.float16 ({n},)")
     _check_device("scale", scale, qweight)

@@ -24,15 +24,24 @@ def quantize_activation(x: Tensor) -> Quantized:
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> Quantized:
-    values = x.double() if x.dtype == torch.float64 else x.float()
-    normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    return quantize_activation(normed * weight.to(values.dtype))
+    return quantize_activation(rms_norm(x, weight, eps))
 
 
 def silu_mul_quantize(gate_up: Tensor) -> Quantized:
+    return quantize_activation(silu_mul(gate_up))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What :func:`rms_norm_quantize` quantizes, in float32 or float64."""
+    values = x.double() if x.dtype == torch.float64 else x.float()
+    return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * weight.to(values.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """What :func:`silu_mul_quantize` quantizes, in float32 or float64."""
     values = gate_up.double() if gate_up.dtype == torch.float64 else gate_up.float()
     gate, up = values.chunk(2, -1)
-    return quantize_activation(torch.nn.functional.silu(gate) * up)
+    return torch.nn.functional.silu(gate) * up
 
 
 def w4a8_matmul(

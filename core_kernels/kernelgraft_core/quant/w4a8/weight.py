@@ -8,6 +8,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from . import cpu_panels
+from .cpu_panels import byte_set
+
 
 @dataclass(frozen=True)
 class W4A8Weight:
@@ -17,9 +20,9 @@ class W4A8Weight:
     whole row, ``int8 = q - zero``: per-channel quantization. Shapes are logical; kernels repack for themselves.
 
     Attributes:
-        qweight: uint8 ``(N, K / 2)``; the low nibble of byte ``i`` is column ``2 i``.
+        qweight: uint8 ``(N, K / 2)``; the low nibble of byte ``i`` is column ``2 i``. Or as :meth:`arranged` gives it.
         scale: float16 ``(N,)``.
-        group_scale: uint8 ``(N, K / g)``, at least 1; None per channel.
+        group_scale: uint8 ``(N, K / g)``, at least 1; None per channel. Or as :meth:`arranged` gives it.
         group_zero: uint8 ``(N, K / g)``, the zero point in steps of int8, so *scaled*: for a zero point ``z`` among
             the 16 integers it is ``z * group_scale``, and a zero point that was subtracted after scaling is it already.
         zero: uint8 ``(N,)``, 0..15; None in groups.
@@ -72,6 +75,8 @@ class W4A8Weight:
         Raises:
             ValueError: shapes disagree, both forms or none are there, or int8 overflows; with the row.
         """
+        if self.is_arranged:
+            return self.plain().check()
         rows, columns = self.qweight.shape[0], 2 * self.qweight.shape[1]
         if self.scale.shape != (rows,):
             raise ValueError(f"scale is {tuple(self.scale.shape)}, expected ({rows},)")
@@ -103,12 +108,44 @@ class W4A8Weight:
         scale, zero = self.group_scale.int(), self.group_zero.int()
         return integers.amin(-1).int() * scale - zero, integers.amax(-1).int() * scale - zero
 
+    @property
+    def is_arranged(self) -> bool:
+        return self.qweight.dim() == 4
+
+    def arranged(self) -> Self:
+        """The weight in the order in which a CPU multiplies 4 bits as they are; it takes the same memory.
+
+        ``qweight`` is then uint8 ``(N / 16, K / 8, 16, 4)``, groups are ``(N / 32, K / g, 32)``, N is rounded up to a
+        multiple of 32 (:mod:`.cpu_panels`). Itself where no kernel takes that: without numba, on another kind of
+        processor or device, for K or groups that are not multiples of 8, and for weights from elsewhere that do not
+        fit :attr:`fits_bytes`.
+        """
+        if self.is_arranged or self.device.type != "cpu" or byte_set() is None:
+            return self
+        if not self.qweight.numel() or self.group_size % 8 or not self.fits_bytes:
+            return self
+        words, groups = cpu_panels.arrange_nibbles(self.qweight), (self.group_scale, self.group_zero)
+        group_scale, group_zero = (None if each is None else cpu_panels.arrange_groups(each) for each in groups)
+        return type(self)(words, self.scale.contiguous(), group_scale, group_zero, self.zero)
+
+    def plain(self) -> Self:
+        """The weight in the layout of the attributes: what :meth:`arranged` was called on."""
+        if not self.is_arranged:
+            return self
+        n, groups = self.scale.shape[0], (self.group_scale, self.group_zero)
+        group_scale, group_zero = (None if each is None else cpu_panels.groups_of(each, n) for each in groups)
+        return type(self)(cpu_panels.nibbles_of(self.qweight, n), self.scale, group_scale, group_zero, self.zero)
+
     def integers(self) -> Tensor:
         """``q`` as uint8 ``(N, K)``."""
+        if self.is_arranged:
+            return self.plain().integers()
         return torch.stack((self.qweight & 15, self.qweight >> 4), -1).flatten(1)
 
     def int8(self) -> Tensor:
         """The integers that the products are made of, int8 ``(N, K)``, contiguous."""
+        if self.is_arranged:
+            return self.plain().int8()
         q = self.integers()
         if self.group_scale is None or self.group_zero is None:
             assert self.zero is not None
@@ -127,7 +164,7 @@ class W4A8Weight:
 
         Quantizers of this package see to it; checkpoints from elsewhere may not, and take a slower kernel.
         """
-        if self.group_zero is None:
+        if self.group_zero is None or self.is_arranged:
             return True
         _, high = self._span()
         return not self.group_zero.numel() or bool(self.group_zero.max() <= 128 and high.max() <= 127)
@@ -139,22 +176,24 @@ class W4A8Weight:
 
     def to(self, device: torch.device | str) -> Self:
         """The weight on another device."""
+        if torch.device(device).type != "cpu" and self.is_arranged:
+            return self.plain().to(device)
         qweight, scale, *rest = self.tensors
         moved = [None if tensor is None else tensor.to(device) for tensor in rest]
         return type(self)(qweight.to(device), scale.to(device), *moved)
 
     @property
     def out_features(self) -> int:
-        return self.qweight.shape[0]
+        return self.scale.shape[0]
 
     @property
     def in_features(self) -> int:
-        return 2 * self.qweight.shape[1]
+        return self.qweight.shape[1] * (8 if self.is_arranged else 2)
 
     @property
     def group_size(self) -> int:
         """Columns that share a zero point; K where that is the whole row."""
-        return self.in_features // (1 if self.group_scale is None else self.group_scale.shape[1])
+        return self.in_features // (1 if self.group_scale is None else self.group_scale.shape[1])  # in either order
 
     @property
     def device(self) -> torch.device:

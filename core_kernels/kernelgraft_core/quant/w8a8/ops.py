@@ -77,5 +77,5 @@ def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None =
 def _check_weight(qweight: Tensor, scale: Tensor) -> tuple[int, int]:
     if qweight.dtype != torch.int8 or qweight.dim() != 2:
         raise ValueError(f"qweight is {qweight.dtype} {tuple(qweight.shape)}, expected torch.int8 (N, K)")
-    check_scale(scale, qweight)
+    check_scale(scale, qweight, qweight.shape[0])
     return qweight.shape[0], qweight.shape[1]

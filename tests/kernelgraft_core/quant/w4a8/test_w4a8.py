@@ -1,7 +1,5 @@
 """W4A8: the packed weight, and every backend bit for bit against exact integers."""
 
-import gc
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,38 +8,16 @@ from torch.library import opcheck
 
 from kernelgraft_core.quant.w4a8 import (
     W4A8Weight,
-    cpu,
     quantize_activation,
-    reference,
     rms_norm_quantize,
     silu_mul_quantize,
     w4a8_linear,
     w4a8_matmul,
 )
-from kernelgraft_core.runtime.device import cpu_int8_is_exact
+
+from .w4a8_cases import FLOATS, weight_of
 
 RELAXED = settings(deadline=None, max_examples=25)
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 32, 8), (5, 64, 64), (33, 48, 6), (96, 256, -1), (4, 2, 2), (0, 16, 8)]
-
-
-def weight_of(n, k, group, seed=0):
-    """A random weight whose integers fill their ranges, and its int8 values computed by definition in int64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low, high, *shape):
-        return torch.randint(low, high + 1, shape, generator=generator)
-
-    q, scale = draw(0, 15, n, k), torch.rand(n, generator=generator) + 0.01
-    if group == -1:
-        zero = draw(0, 15, n)
-        return W4A8Weight.from_integers(q, scale, zero=zero), q - zero.unsqueeze(-1)
-    step = draw(1, 16, n, k // group)
-    offset = (draw(0, 15, n, k // group) * step).clamp(max=121)
-    top = ((127 + offset) // step).clamp(max=15).repeat_interleave(group, 1)
-    q = torch.minimum(q, top)
-    wide = q * step.repeat_interleave(group, 1) - offset.repeat_interleave(group, 1)
-    return W4A8Weight.from_integers(q, scale, group_scale=step, group_zero=offset), wide
 
 
 @RELAXED
@@ -130,47 +106,6 @@ def test_fused_quantization_is_that_of_the_product():
     product = torch.nn.functional.silu(gate) * up
     for found, wanted in zip(silu_mul_quantize(x), quantize_activation(product), strict=True):
         assert torch.equal(found, wanted)
-
-
-@pytest.mark.skipif(not cpu_int8_is_exact(), reason="int8 products saturate here")
-@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
-@pytest.mark.parametrize("m", [0, 1, 3, 33])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_the_cpu_gives_the_bits_of_the_reference(n, k, group, m, dtype, bias):
-    weight, wide = weight_of(n, k, group)
-    x = torch.randn(k, m).to(dtype).T
-    added = torch.randn(n).to(dtype) if bias else None
-    found = w4a8_linear(x, *weight.tensors, added)
-    assert torch.equal(found, reference.w4a8_linear(x, *weight.tensors, added))
-    q, scale, _ = quantize_activation(x)
-    exact = (q.long() @ wide.T).double() * scale.double().unsqueeze(-1) * weight.scale.double()
-    exact = exact if added is None else exact + added.double()
-    torch.testing.assert_close(found.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-3 * k)
-
-
-def test_extreme_integers_are_summed_exactly():
-    k = 4096
-    weight = W4A8Weight.from_integers(
-        torch.full((4, k), 15), torch.ones(4), group_scale=torch.full((4, 1), 16), group_zero=torch.full((4, 1), 113)
-    )
-    assert int(weight.int8().max()) == 127
-    x = torch.ones(2, k)
-    assert torch.equal(w4a8_linear(x, *weight.tensors), torch.full((2, 4), 127.0 * 127 * k) / 127)
-
-
-@pytest.mark.skipif(not cpu_int8_is_exact(), reason="int8 products saturate here")
-def test_the_expanded_weight_follows_the_packed_one():
-    weight, _ = weight_of(8, 32, 8)
-    before = w4a8_linear(torch.ones(1, 32), *weight.tensors)
-    kept = len(cpu._expanded)
-    other = W4A8Weight.from_integers(torch.zeros(8, 32), weight.scale, zero=torch.full((8,), 3))
-    weight.qweight.copy_(other.qweight)
-    assert not torch.equal(w4a8_linear(torch.ones(1, 32), *weight.tensors), before)
-    assert len(cpu._expanded) == kept
-    del weight
-    gc.collect()
-    assert len(cpu._expanded) == kept - 1
 
 
 def test_there_is_no_gradient():

@@ -1,0 +1,47 @@
+"""What is made of tensors once and kept beside them: other layouts of a weight, most of all.
+
+In a table and not on the tensor or its module: libraries copy, save and count what those hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Derived(Generic[T]):
+    """A table of what ``make`` makes; an entry lives as long as the first of its tensors does.
+
+    It is made anew when another tensor is used with the first, or when one was changed in place. Writes that autograd
+    does not count (to tensors of inference mode, through numpy) are not noticed.
+    """
+
+    def __init__(self) -> None:
+        # By identity: tensors compare elementwise.
+        self._known: dict[int, tuple[tuple[tuple[int, int], ...], T]] = {}
+
+    def of(self, tensors: Sequence[Tensor | None], make: Callable[[], T]) -> T:
+        """What was made of ``tensors``, the first of which is there."""
+        first = tensors[0]
+        assert first is not None
+        key, stamp = id(first), tuple(map(_stamp, tensors))
+        known = self._known.get(key)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        if known is None:
+            weakref.finalize(first, self._known.pop, key, None)
+        made = make()
+        self._known[key] = stamp, made
+        return made
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def _stamp(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (id(tensor), 0 if tensor.is_inference() else tensor._version)
