@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from kernelgraft_core.quant.formats.autoawq import AwqLayout
 from kernelgraft_core.quant.formats.compressed_tensors import PackQuantized
 from kernelgraft_core.quant.formats.layout import Layout, StoredTensor
+from kernelgraft_core.quant.formats.qoq import Qoq
+from kernelgraft_core.quant.formats.qserve import QServe
 from kernelgraft_core.quant.formats.registry import TARGETS, find_layout
 from kernelgraft_core.quant.w4a8 import W4A8Weight
 from kernelgraft_core.runtime.errors import CheckpointError
@@ -34,11 +35,13 @@ from .checkpoint import (
     read_quantization_config,
     replaced_directory,
 )
-from .shards import INDEX, PendingTensor, ShardReader, list_shards, write_shards
-from .torch_files import TORCH_INDEX, TorchReader
+from .shards import INDEX, SAFETENSORS, PendingTensor, ShardReader, list_shards, write_shards
+from .torch_files import TORCH_FILES, TORCH_INDEX, TorchReader
 
-SOURCES = ("llm-awq",)
-"""Formats whose files do not say what they are."""
+SOURCES = ("llm-awq", "qserve")
+"""Formats whose files do not say what they are. Those of QServe are known by the names of their tensors, too."""
+
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Origin:
     Attributes:
         directory: of ``config.json`` and the tokenizer.
         files: the weights, all safetensors or none.
-        quantization: the ``quantization_config``, its own or the one that the caller gives.
+        quantization: the ``quantization_config``, its own or the one that the caller gives; empty where there is none.
     """
 
     directory: Path
@@ -76,7 +79,12 @@ class Conversion:
 
 
 def find_origin(
-    source: Path, *, source_format: str | None = None, config: Path | None = None, group_size: int | None = None
+    source: Path,
+    *,
+    source_format: str | None = None,
+    config: Path | None = None,
+    group_size: int | None = None,
+    s2_order: str | None = None,
 ) -> Origin:
     """Look at a checkpoint before it is opened; arguments as for :func:`convert_checkpoint`.
 
@@ -84,22 +92,33 @@ def find_origin(
         CheckpointError: something is missing; ValueError: the arguments do not go together.
     """
     if source_format is not None and source_format not in SOURCES:
-        raise ValueError(f"no source format {source_format!r}; there is {', '.join(SOURCES)}")
-    if (source_format is None) != (group_size is None):
+        raise ValueError(f"no source format {source_format!r}; there are {', '.join(SOURCES)}")
+    if source_format != "qserve" and (source_format is None) != (group_size is None):
         raise ValueError("the group size and the source format 'llm-awq' are given together or not at all")
+    if s2_order is not None and source_format != "qserve":
+        raise ValueError(f"s2_order = {s2_order!r} is one of source format 'qserve', which is not given")
     if not source.exists():
         raise CheckpointError(f"{source} is neither a model directory nor a file")
     directory = config or (source if source.is_dir() else source.parent)
     settings = read_json(directory / "config.json")
     quantization = read_quantization_config(directory, settings)
-    if source_format is not None:
+    if source_format == "llm-awq":
         quantization = {"quant_method": "awq", "bits": 4, "group_size": group_size, "backend": source_format}
+    elif source_format == "qserve":
+        quantization = {"quant_method": "qserve", "group_size": group_size, "s2_order": s2_order or "qserve"}
+    return Origin(directory, _weight_files(source), settings, quantization or {})
+
+
+def _layout_of(origin: Origin, stored: Mapping[str, StoredTensor]) -> Layout:
+    quantization = origin.quantization
+    if not quantization and any(name.endswith(f".{QServe.scale}") for name in stored):
+        quantization = {"quant_method": "qserve"}
     if not quantization:
         raise CheckpointError(
-            f"{directory} has no quantization_config: nothing in it is quantized, unless it comes from llm-awq, which "
-            "must be said together with its group size"
+            f"{origin.directory} has no quantization_config: nothing in it is quantized, unless it comes from llm-awq, "
+            "which must be said together with its group size"
         )
-    return Origin(directory, _weight_files(source), settings, quantization)
+    return find_layout(quantization, stored)
 
 
 def _weight_files(source: Path) -> list[Path]:
@@ -123,6 +142,7 @@ def convert_checkpoint(
     source_format: str | None = None,
     config: Path | None = None,
     group_size: int | None = None,
+    s2_order: str | None = None,
     overwrite: bool = False,
     on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
@@ -134,9 +154,11 @@ def convert_checkpoint(
     Args:
         source: a model directory, or a ``.pt`` file of llm-awq.
         target: a key of :data:`~kernelgraft_core.quant.formats.registry.TARGETS`.
-        source_format: ``"llm-awq"`` for files without a ``quantization_config``.
+        source_format: ``"llm-awq"`` or ``"qserve"`` for files without a ``quantization_config``.
         config: directory of ``config.json`` and the tokenizer, by default the one that ``source`` is or lies in.
-        group_size: with ``source_format``, what it was quantized with.
+        group_size: with ``source_format``, what it was quantized with; QServe's files tell.
+        s2_order: with ``source_format`` ``"qserve"``, a key of
+            :data:`~kernelgraft_core.quant.formats.qserve.S2_ORDERS`.
         on_tensor: called after each tensor with its name, the bytes written so far and those to write.
 
     Raises:
@@ -146,7 +168,7 @@ def convert_checkpoint(
     """
     if target not in TARGETS:
         raise ValueError(f"no target format {target!r}; there are {', '.join(TARGETS)}")
-    origin = find_origin(source, source_format=source_format, config=config, group_size=group_size)
+    origin = find_origin(source, source_format=source_format, config=config, group_size=group_size, s2_order=s2_order)
     if any(out.resolve() in (used, *used.parents) for used in (source.resolve(), origin.directory.resolve())):
         raise ValueError(f"{out} holds what is to be converted; write to another directory")
     check_replaceable(out, overwrite=overwrite)
@@ -154,22 +176,20 @@ def convert_checkpoint(
         stored = {name: StoredTensor(*reader.describe(name)) for name in reader.names()}
         if source.is_dir():
             check_index(source / (INDEX if isinstance(reader, ShardReader) else TORCH_INDEX), stored)
-        layout = find_layout(origin.quantization, stored)
+        layout = _layout_of(origin, stored)
         layers = check_layers(stored, layout, source)
         written = _target_layout(layout, target, stored, layers, source)
+        if isinstance(written, QServe):
+            _check_norms(reader, stored, source)
         result = Conversion(layout.label, written.label, len(layers), 0)
         plan = _plan(reader, stored, layout, written, layers, result)
-        if isinstance(reader, TorchReader) and origin.config.get("tie_word_embeddings"):
-            plan.pop("lm_head.weight", None)
+        settings = _settings(origin, stored, layers, written)
+        _settle_head(plan, settings, reader, written)
         result.bytes = sum(pending.size for pending in plan.values())
         _check_space(out, result.bytes)
         with replaced_directory(out, overwrite=overwrite) as directory:
-            try:
-                write_shards(directory, _watched(plan, result.bytes, on_tensor))
-            except SafetensorError as error:
-                raise OSError(f"{out} cannot be written: {error}") from None
-            settings = dict(origin.config)
-            settings["quantization_config"] = written.config(_skipped(origin, stored, layers, written))
+            kind = TORCH_FILES if isinstance(written, QServe) else SAFETENSORS
+            write_shards(directory, _watched(plan, result.bytes, on_tensor), kind)
             (directory / "config.json").write_text(json.dumps(settings, indent=2))
             copy_companions(origin.directory, directory)
             if (origin.directory / RECORD).is_file():
@@ -186,12 +206,17 @@ def _target_layout(
 ) -> Layout:
     """The layout to write, after a check that it holds every layer."""
     kind = TARGETS[target]
+    if layout.activation_bits != kind.activation_bits:
+        raise CheckpointError(
+            f"{source} holds weights for activations of {layout.activation_bits} bits, {kind.label} for those of "
+            f"{kind.activation_bits}"
+        )
     if layout.bits not in kind.widths:
         raise CheckpointError(f"{source} has {layout.bits} bits, which {kind.label} cannot hold")
-    if type(layout) is kind:
-        written = layout  # with settings that only this format has
-    else:
-        written = kind(layout.bits, layout.group_size, layout.symmetric and kind.may_be_symmetric)
+    try:
+        written = _same_settings(layout, kind)
+    except ValueError as error:
+        raise CheckpointError(f"{source} cannot be written as {kind.label}: {error}") from None
     for name, (n, k) in layers.items():
         try:
             written.parts(n, k)
@@ -202,6 +227,56 @@ def _target_layout(
             f"{source}: {scales[0]} scales the output of an activation function, which {kind.label} cannot hold"
         )
     return written
+
+
+def _same_settings(layout: Layout, kind: type[Layout]) -> Layout:
+    """A layout of that kind for the weights that ``layout`` holds."""
+    if issubclass(kind, Qoq):
+        # The latter holds every zero point.
+        return layout if isinstance(layout, Qoq) else kind(layout.bits, layout.group_size, zero_form="post")
+    return kind(layout.bits, layout.group_size, layout.symmetric and kind.may_be_symmetric)
+
+
+def _check_norms(reader: ShardReader | TorchReader, stored: Mapping[str, StoredTensor], source: Path) -> None:
+    """Refuse norms with weights: QServe reads none, since rotation moves them into the layers behind."""
+    for name in stored:
+        if "norm" in name and not (name.endswith(".weight") and bool((reader.tensor(name) == 1).all())):
+            raise CheckpointError(
+                f"{source}: {name} is not 1 everywhere, and QServe reads no norms; quantize with rotate=true"
+            )
+
+
+def _settings(
+    origin: Origin, stored: Mapping[str, StoredTensor], layers: Mapping[str, tuple[int, int]], written: Layout
+) -> dict[str, Any]:
+    """The ``config.json`` to write."""
+    settings = dict(origin.config)
+    settings.pop("quantization_config", None)
+    if quantization := written.config(_skipped(origin, stored, layers, written)):
+        settings["quantization_config"] = quantization
+    return settings
+
+
+def _settle_head(
+    plan: dict[str, PendingTensor], settings: dict[str, Any], reader: ShardReader | TorchReader, written: Layout
+) -> None:
+    """Take an output head that is the embeddings out of ``plan``, or put it in, as the files to be written want it.
+
+    State dicts hold it, safetensors do not. One in a state dict that differs from the embeddings was untied without a
+    word, as QServe's models are, which keep the config of the model that was rotated: ``settings`` are put right.
+    """
+    if not settings.get("tie_word_embeddings"):
+        return
+    if isinstance(written, QServe):
+        if HEAD not in plan and EMBEDDINGS in plan:
+            plan[HEAD] = plan[EMBEDDINGS]
+    elif isinstance(reader, TorchReader) and HEAD in plan:
+        head, shape = reader.tensor(HEAD), reader.describe(HEAD)[1]
+        alike = [name for name in reader.names() if name != HEAD and reader.describe(name)[1] == shape]
+        if any(torch.equal(reader.tensor(name), head) for name in alike):
+            del plan[HEAD]
+        else:
+            settings["tie_word_embeddings"] = False
 
 
 def _plan(

@@ -13,10 +13,22 @@ from kernelgraft_core.runtime.patching import Patches
 from .packed_quantizer import PackedConfig, PackedQuantizer
 
 METHOD = Qoq.label
+CPU_WEIGHTS = ("int4", "int8")
 
 
-def graft(patches: Patches) -> None:
-    """Make QoQ checkpoints load; all changes are recorded in ``patches``."""
+def graft(patches: Patches, cpu_weight: str = "int4") -> None:
+    """Make QoQ checkpoints load; all changes are recorded in ``patches``.
+
+    Args:
+        cpu_weight: what layers keep on a CPU, see :class:`~kernelgraft_core.quant.w4a8.linear.W4A8Linear`.
+
+    Raises:
+        ValueError: ``cpu_weight`` is neither ``"int4"`` nor ``"int8"``.
+    """
+    if cpu_weight not in CPU_WEIGHTS:
+        raise ValueError(f"cpu_weight is {cpu_weight!r}, expected one of {CPU_WEIGHTS}")
+    if cpu_weight != W4A8Linear.cpu_weight:
+        patches.attr(W4A8Linear, "cpu_weight", cpu_weight)
     patches.item(auto.AUTO_QUANTIZER_MAPPING, METHOD, QoqQuantizer)
     patches.item(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, QoqCheckpointConfig)
 

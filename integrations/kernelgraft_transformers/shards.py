@@ -95,10 +95,39 @@ class PendingTensor:
         return cls(tensor.numel() * tensor.element_size(), lambda: tensor)
 
 
-def write_shards(directory: Path, tensors: Mapping[str, PendingTensor]) -> None:
-    """Write ``model.safetensors``, or shards with an index, holding one shard in memory at a time."""
+def save_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one file, contiguous.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     from safetensors.torch import save_file
 
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file.name} cannot be written: {error}") from None
+
+
+@dataclass(frozen=True)
+class ShardKind:
+    """Files that hold tensors by name: what they are called, and how one is written."""
+
+    stem: str
+    suffix: str
+    index: str
+    save: Callable[[dict[str, Tensor], Path], None]
+
+
+SAFETENSORS = ShardKind("model", ".safetensors", INDEX, save_safetensors)
+
+
+def write_shards(directory: Path, tensors: Mapping[str, PendingTensor], kind: ShardKind = SAFETENSORS) -> None:
+    """Write ``model.safetensors``, or shards with an index, holding one shard in memory at a time.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name, pending in tensors.items():
@@ -109,12 +138,13 @@ def write_shards(directory: Path, tensors: Mapping[str, PendingTensor]) -> None:
         filled += pending.size
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({n: tensors[n].get().contiguous() for n in names}, directory / file, metadata={"format": "pt"})
+        place = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+        file = f"{kind.stem}{place}{kind.suffix}"
+        kind.save({n: tensors[n].get() for n in names}, directory / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(p.size for p in tensors.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2))
+        (directory / kind.index).write_text(json.dumps(index, indent=2))
 
 
 def list_shards(directory: Path) -> list[Path]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kernelgraft_core.runtime.errors import CheckpointError
 
+from .shards import ShardKind
+
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -59,3 +61,20 @@ class TorchReader:
         """Dtype and shape."""
         tensor = self._tensors[name]
         return tensor.dtype, tuple(tensor.shape)
+
+
+def save_torch(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one file by ``torch.save``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # All of a tensor's memory is saved, more than its own where it is a view.
+    own = {n: t if t.nbytes == t.untyped_storage().nbytes() else t.clone() for n, t in tensors.items()}
+    try:
+        torch.save(own, file)
+    except RuntimeError as error:  # PyTorch's writer of zip files says so of a full disk
+        raise OSError(f"{file.name} cannot be written: {str(error).partition(chr(10))[0]}") from None
+
+
+TORCH_FILES = ShardKind("pytorch_model", ".bin", TORCH_INDEX, save_torch)

@@ -12,6 +12,8 @@ pytest.importorskip("transformers")
 
 from kernelgraft_core.quant.formats.autoawq import Gemm
 from kernelgraft_core.quant.formats.llm_awq import LlmAwq
+from kernelgraft_core.quant.formats.qserve import QServe
+from kernelgraft_core.quant.w4a8 import W4A8Weight
 from kernelgraft_core.quant.weights import pack_weight
 
 
@@ -83,6 +85,23 @@ def test_it_reads_what_llm_awq_writes(run, weight, checkpoint, tmp_path):
     assert "1 layers from llm-awq to AutoAWQ GEMM" in stdout
     before, after = (load_file(d / "model.safetensors") for d in (checkpoint, tmp_path / "out"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_it_reads_what_qserve_and_deepcompressor_write(run, tmp_path):
+    q, rows = torch.randint(0, 16, (32, 128)), torch.arange(32).unsqueeze(1)
+    weight = W4A8Weight.from_integers(q, torch.rand(32), group_scale=1 + rows % 8, group_zero=60 + rows)
+    outs = []
+    for order, options in (("qserve", ()), ("deepcompressor", ("--from", "qserve", "--s2-order", "deepcompressor"))):
+        (tmp_path / order).mkdir()
+        state = {f"fc.{part}": tensor for part, tensor in QServe(s2_order=order).write(weight).items()}
+        torch.save(state, tmp_path / order / "pytorch_model.bin")
+        (tmp_path / order / "config.json").write_text("{}")
+        outs.append(tmp_path / f"from-{order}")
+        code, stdout, _ = run(tmp_path / order, outs[-1], "--to", "qoq", *options)
+        assert code == 0
+        assert "1 layers from QServe to qoq" in stdout
+    first, second = (load_file(out / "model.safetensors") for out in outs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_it_says_when_scales_lose_bits(run, checkpoint, tmp_path):

@@ -14,7 +14,7 @@ def grafted(site, fresh_manager, monkeypatch):
     """Transformers' integration, recorded instead of run."""
     calls = []
     module = types.ModuleType("kernelgraft_transformers.qoq")
-    module.graft = calls.append
+    module.graft = lambda *args: calls.append(args)
     monkeypatch.setitem(sys.modules, "kernelgraft_transformers.qoq", module)
     return calls
 
@@ -22,7 +22,7 @@ def grafted(site, fresh_manager, monkeypatch):
 def test_a_script_gets_the_transformers_graft(site, grafted):
     site.host("transformers", "5.23.9")
     handle = kernelgraft.load_plugin("qoq")
-    assert [patches.owner for patches in grafted] == ["qoq"]
+    assert [(patches.owner, weight) for patches, weight in grafted] == [("qoq", "int4")]
     assert (handle.info.name, handle.hosts) == ("qoq", ("transformers",))
     kernelgraft.unload_plugin("qoq")
 
@@ -37,7 +37,7 @@ def test_other_versions_of_transformers_are_refused(site, grafted, version):
 
 def test_options_it_does_not_know_are_refused(site, grafted):
     site.host("transformers", "5.19.0")
-    with pytest.raises(ValueError, match="no option 'group_size'; it takes host"):
+    with pytest.raises(ValueError, match="no option 'group_size'; it takes host and cpu_weight"):
         kernelgraft.load_plugin("qoq", group_size=128)
 
 

@@ -21,12 +21,12 @@ def kernelgraft_info() -> PluginInfo:
 
 @hookimpl
 def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
-    unknown = sorted(options.keys() - {"host"})
+    unknown = sorted(options.keys() - {"host", "cpu_weight"})
     if unknown:
-        raise ValueError(f"plugin 'qoq' has no option {', '.join(map(repr, unknown))}; it takes host")
+        raise ValueError(f"plugin 'qoq' has no option {', '.join(map(repr, unknown))}; it takes host and cpu_weight")
     from kernelgraft_transformers.qoq import graft
 
-    graft(patches)
+    graft(patches, options.get("cpu_weight", "int4"))
 
 
 @hookimpl

@@ -39,7 +39,7 @@ READ = {
     "kernelgraft": Native(group_size=GROUP),
 }
 
-AWQ_TARGETS = [target for target in TARGETS if target != "qoq"]  # which holds weights for 8-bit activations
+AWQ_TARGETS = [target for target, kind in TARGETS.items() if kind.activation_bits == 16]
 
 
 def tensors_of(directory):
@@ -302,7 +302,7 @@ def test_patterns_of_compressed_tensors_are_kept_when_it_is_rewritten(tmp_path):
 
 def test_weights_for_other_activations_are_refused_and_nothing_is_written(tmp_path):
     source = write_model(tmp_path / "in", READ["gemm"], {"fc": random_weight()})
-    with pytest.raises(CheckpointError, match="fc: qoq holds weights for activations of 8 bits, not a W4A16Weight"):
+    with pytest.raises(CheckpointError, match="in holds weights for activations of 16 bits, qoq for those of 8"):
         convert_checkpoint(source, tmp_path / "out", "qoq")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -501,7 +501,8 @@ def test_a_full_disk_is_told_before_and_on_the_way(quantized, existing, monkeypa
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    refused("out cannot be written: .*No space left", quantized.directory, existing, error=OSError, overwrite=True)
+    message = r"model\.safetensors cannot be written: .*No space left"
+    refused(message, quantized.directory, existing, error=OSError, overwrite=True)
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"out needs [\d,]+ bytes, but .* has 1,000 free") as caught:
         convert_checkpoint(quantized.directory, existing, "awq", overwrite=True)

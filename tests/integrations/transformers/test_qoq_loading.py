@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 from kernelgraft.patches import PatchSet
-from kernelgraft_core.quant.w4a8 import quantize_activation
+from kernelgraft_core.quant.w4a8 import cpu_panels, quantize_activation
 from kernelgraft_core.quant.w4a8.linear import W4A8Linear
 from kernelgraft_core.runtime.errors import CheckpointError
 from kernelgraft_core.runtime.testing import assert_close
@@ -90,6 +90,36 @@ def test_what_was_loaded_is_saved_bit_for_bit(grafted, checkpoint, tmp_path):
     before, after = (load_file(directory / "model.safetensors") for directory in (checkpoint, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.skipif(cpu_panels.byte_set() is None, reason="no kernels of ours for this processor")
+def test_a_layer_keeps_four_bits_or_adds_eight(checkpoint):
+    found = {}
+    for cpu_weight in ("int4", "int8"):
+        patches = PatchSet("qoq")
+        graft(patches, cpu_weight)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        layers = [layer for layer in model.modules() if isinstance(layer, W4A8Linear)]
+        assert {layer.weight.is_arranged for layer in layers} == {cpu_weight == "int4"}
+        found[cpu_weight] = logits(model)
+        patches.undo()
+    assert torch.equal(found["int4"], found["int8"])
+    assert W4A8Linear.cpu_weight == "int4"
+    with pytest.raises(ValueError, match="cpu_weight is 'int2', expected one of"):
+        graft(PatchSet("qoq"), "int2")
+
+
+@pytest.mark.skipif(cpu_panels.byte_set() is None, reason="no kernels of ours for this processor")
+def test_a_layer_that_is_moved_is_arranged_anew(grafted, checkpoint, monkeypatch):
+    layer = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).model.layers[0].mlp.down_proj
+    before = layer.weight
+    monkeypatch.setattr(layer, "_held_for", "cuda")  # as if it came from there
+    layer.words, layer.row_scale = before.plain().qweight, before.scale
+    for name, tensor in zip(("group_scales", "group_zeros"), before.plain().tensors[2:4], strict=True):
+        if tensor is not None:
+            setattr(layer, name, tensor)
+    assert layer.weight.is_arranged
+    assert torch.equal(layer.weight.int8(), before.int8())
 
 
 @pytest.mark.parametrize(

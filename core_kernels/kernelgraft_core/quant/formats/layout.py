@@ -70,6 +70,7 @@ class Layout(ABC):
     """
 
     label: ClassVar[str]
+    activation_bits: ClassVar[int] = 16  # that the weights are meant for
     widths: ClassVar[tuple[int, ...]] = (4,)
     may_be_symmetric: ClassVar[bool] = False
     packed: ClassVar[str] = "qweight"  # the part that says that a layer is quantized, and gives N and K

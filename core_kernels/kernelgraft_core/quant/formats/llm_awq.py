@@ -41,21 +41,24 @@ def unpack_interleaved(words: Tensor) -> Tensor:
     return split.permute(0, 2, 1, 3, 6, 4, 5).reshape(n, k)
 
 
-def integer_zeros(scales: Tensor, scaled_zeros: Tensor) -> Tensor:
-    """The zero points ``z`` in 0..15 with ``scaled_zeros = -(s * z)``, uint8; any shape.
+def integer_zeros(scales: Tensor, scaled_zeros: Tensor, *, name: str = "scaled_zeros", sign: int = -1) -> Tensor:
+    """The zero points ``z`` in 0..15 with ``scaled_zeros = sign * s * z``, uint8; any shape.
+
+    Args:
+        name: of the scaled zero points, for the message.
 
     Raises:
         ValueError: a value is more off than rounding the scale and the product to their dtype explains.
     """
-    s, offset = scales.float(), scaled_zeros.float()
-    zeros = torch.where(s == 0, 0.0, (-offset / s).round())
-    explained = (offset + s * zeros).abs() <= torch.finfo(scaled_zeros.dtype).eps * offset.abs()
+    s, product = scales.float(), sign * scaled_zeros.float()
+    zeros = torch.where(s == 0, 0.0, (product / s).round())
+    explained = (product - s * zeros).abs() <= torch.finfo(scaled_zeros.dtype).eps * product.abs()
     wrong = ~explained | (zeros < 0) | (zeros > 15)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
-            f"scaled_zeros{list(at)} = {offset[at].item()} is not minus the scale, {s[at].item()}, times an integer in "
-            "0..15"
+            f"{name}{list(at)} = {scaled_zeros[at].item()} is not {'minus ' if sign < 0 else ''}the scale, "
+            f"{s[at].item()}, times an integer in 0..15"
         )
     return zeros.to(torch.uint8)
 

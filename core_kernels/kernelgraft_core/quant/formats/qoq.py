@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from kernelgraft_core.quant.w4a8 import W4A8Weight
-from kernelgraft_core.quant.weights import AnyWeight
 
-from .layout import Layout, Part, StoredTensor
+from .layout import Part, StoredTensor
+from .w4a8 import W4A8Layout, check_finite
 
 FORMAT_VERSION = 1
 ZERO_FORMS = ("pre", "post")
 
 
 @dataclass(frozen=True)
-class Qoq(Layout):
+class Qoq(W4A8Layout):
     """QoQ in groups or per channel.
 
     Attributes:
@@ -73,18 +73,8 @@ class Qoq(Layout):
             "format_version": FORMAT_VERSION,
         }
 
-    def write(self, weight: AnyWeight) -> dict[str, Tensor]:
-        if not isinstance(weight, W4A8Weight):
-            raise ValueError(f"qoq holds weights for activations of 8 bits, not a {type(weight).__name__}")
-        k = weight.in_features
-        if weight.group_size != k // self.groups(k) or (weight.zero is None) == (self.group_size == -1):
-            raise ValueError(f"the weight has groups of {weight.group_size}, the format {self.group_size}")
-        self.parts(weight.out_features, k)
-        return {part: tensor.contiguous() for part, tensor in self._write(weight).items()}
-
-    def _read(self, tensors: Mapping[str, Tensor]) -> AnyWeight:
-        if not tensors["scale"].isfinite().all():
-            raise ValueError("scale is not finite everywhere")
+    def _read(self, tensors: Mapping[str, Tensor]) -> W4A8Weight:
+        check_finite("scale", tensors["scale"])
         if self.group_size == -1:
             weight = W4A8Weight(tensors["qweight"], tensors["scale"], zero=tensors["zero"])
             if weight.zero is not None and weight.zero.numel() and weight.zero.max() > 15:

@@ -16,8 +16,16 @@ from .llm_awq import LlmAwq
 from .native import FORMAT_VERSION, Native
 from .qoq import FORMAT_VERSION as QOQ_VERSION
 from .qoq import Qoq
+from .qserve import GROUP as QSERVE_GROUP
+from .qserve import QServe
 
-TARGETS: dict[str, type[Layout]] = {"awq": Gemm, "compressed-tensors": PackQuantized, "kernelgraft": Native, "qoq": Qoq}
+TARGETS: dict[str, type[Layout]] = {
+    "awq": Gemm,
+    "compressed-tensors": PackQuantized,
+    "kernelgraft": Native,
+    "qoq": Qoq,
+    "qserve": QServe,
+}
 """The formats that are written, by the name that the command line gives them."""
 
 
@@ -25,7 +33,9 @@ def find_layout(config: Mapping[str, Any], stored: Mapping[str, StoredTensor] | 
     """The layout of a checkpoint.
 
     Args:
-        config: its ``quantization_config``, or the ``quant_config.json`` of old AutoAWQ checkpoints.
+        config: its ``quantization_config``, or the ``quant_config.json`` of old AutoAWQ checkpoints. QServe has none:
+            for its checkpoints ``quant_method`` is ``"qserve"``, ``group_size`` what is known of it, and ``s2_order``
+            as in :class:`~kernelgraft_core.quant.formats.qserve.QServe`.
         stored: its tensors by full name, where they are known. llm-awq has had three layouts under one name; the
             tensors tell which. Without them it is the latest.
 
@@ -132,4 +142,18 @@ def _qoq(config: Mapping[str, Any], _: Mapping[str, StoredTensor]) -> Layout:
     )
 
 
-_READERS = {"awq": _awq, "compressed-tensors": _compressed_tensors, "kernelgraft_awq": _native, "qoq": _qoq}
+def _qserve(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> Layout:
+    size: Any = config.get("group_size")
+    if size is None:
+        # Whether there are groups is to be seen; how large they are, in the shapes that are checked later on.
+        size = QSERVE_GROUP if any(name.endswith(".s2_scales") for name in stored) else -1
+    return QServe(config.get("bits", 4), size, s2_order=config.get("s2_order", "qserve"))
+
+
+_READERS = {
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "kernelgraft_awq": _native,
+    "qoq": _qoq,
+    "qserve": _qserve,
+}
