@@ -22,6 +22,7 @@ from torch import Tensor
 from kernelgraft_core.runtime.testing import assert_close
 from kernelgraft_core.runtime.timing import environment, measure_in_turns
 
+from . import byte_cases as byte_cases  # registers its cases
 from .cases import Case, Shape, UnavailableError, Variant, select
 
 SCHEMA = 1
@@ -44,7 +45,8 @@ def run_case(case: Case, shape: Shape, rounds: int) -> list[dict[str, Any]]:
             scratch[name] = _scratch_bytes(variant.run, case.device, out.nbytes)
     contexts = {name: variant.context for name, variant in prepared.variants.items() if variant.context}
     runs = {name: variant.run for name, variant in prepared.variants.items()}
-    times = measure_in_turns(runs, device=case.device, rounds=rounds, contexts=contexts)
+    # Long samples: after another variant the first run finds neither code nor operands in the caches.
+    times = measure_in_turns(runs, device=case.device, rounds=rounds, contexts=contexts, sample_us=10_000)
     peer = prepared.variants[case.peer]
     results = []
     for name, variant in prepared.variants.items():

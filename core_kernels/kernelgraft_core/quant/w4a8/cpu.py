@@ -35,10 +35,10 @@ def w4a8_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight = W4A8Weight(qweight, scale, group_scale, group_zero, zero)
-    panels = _panels(weight)
+    weight = qweight, scale, group_scale, group_zero, zero
+    panels = _panels(*weight)
     if panels is None:
-        return cpu_products.onednn_matmul(q, x_scale, weight.tensors, weight.int8, scale, bias, dtype)
+        return cpu_products.onednn_matmul(q, x_scale, weight, W4A8Weight(*weight).int8, scale, bias, dtype)
     return cpu_products.matmul(q, x_scale, x_sums, panels, bias, dtype)
 
 
@@ -51,24 +51,25 @@ def w4a8_linear(
     zero: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    weight = W4A8Weight(qweight, scale, group_scale, group_zero, zero)
-    panels = _panels(weight)
+    weight = qweight, scale, group_scale, group_zero, zero
+    panels = _panels(*weight)
     if panels is None:
         q, x_scale, _ = cpu_products.quantize(x)
-        return cpu_products.onednn_matmul(q, x_scale, weight.tensors, weight.int8, scale, bias, x.dtype)
+        return cpu_products.onednn_matmul(q, x_scale, weight, W4A8Weight(*weight).int8, scale, bias, x.dtype)
     return cpu_products.linear(x, panels, bias)
 
 
-def _panels(weight: W4A8Weight) -> Panels | None:
-    if not weight.is_arranged:
-        return cpu_products.panels(weight.tensors, weight.int8, weight.scale)
-    qweight, scale, group_scale, group_zero, zero = weight.tensors
-    n = scale.shape[0]
+def _panels(
+    qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_zero: Tensor | None, zero: Tensor | None
+) -> Panels | None:
+    if qweight.dim() == 2:
+        weight = qweight, scale, group_scale, group_zero, zero
+        return cpu_products.panels(weight, W4A8Weight(*weight).int8, scale)
+    n, where = scale.shape[0], (qweight.data_ptr(), scale.data_ptr())
     if group_scale is None or group_zero is None:
         assert zero is not None
-        return Panels(NIBBLES, n, (1, qweight.data_ptr(), scale.data_ptr(), 0, 0, zero.data_ptr()), ())
-    where = qweight.data_ptr(), scale.data_ptr(), group_scale.data_ptr(), group_zero.data_ptr(), 0
-    return Panels(GROUPS, n, (group_scale.shape[1], *where), ())
+        return Panels(NIBBLES, n, (1, *where, 0, 0, zero.data_ptr()), ())
+    return Panels(GROUPS, n, (group_scale.shape[1], *where, group_scale.data_ptr(), group_zero.data_ptr(), 0), ())
 
 
 def supports_quantize_activation(*_: object) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,29 +178,54 @@ def check_weight(
     qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_zero: Tensor | None, zero: Tensor | None
 ) -> tuple[int, int]:
     """N and K of a weight whose shapes, dtypes and devices are right; values are not looked at."""
-    if qweight.dtype != torch.uint8 or qweight.dim() not in (2, 4):
-        raise ValueError(f"qweight is {qweight.dtype} {tuple(qweight.shape)}, expected torch.uint8 (N, K / 2)")
-    arranged = qweight.dim() == 4
+    check = _sizes if torch.compiler.is_compiling() else _known_sizes
+    return check(_form(qweight), _form(scale), _form(group_scale), _form(group_zero), _form(zero))
+
+
+def _form(tensor: Tensor | None) -> Any:
+    """What can be wrong with a tensor without looking at its values."""
+    return None if tensor is None else _Form(tensor.dtype, tensor.shape, tensor.device, tensor.is_contiguous())
+
+
+class _Form(NamedTuple):
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+    contiguous: bool
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {tuple(self.shape)}"
+
+
+def _sizes(
+    qweight: _Form, scale: _Form, group_scale: _Form | None, group_zero: _Form | None, zero: _Form | None
+) -> tuple[int, int]:
+    if qweight.dtype != torch.uint8 or len(qweight.shape) not in (2, 4):
+        raise ValueError(f"qweight is {qweight}, expected torch.uint8 (N, K / 2)")
+    arranged = len(qweight.shape) == 4
     n, k = qweight.shape[0], qweight.shape[1] * (8 if arranged else 2)
-    if arranged and scale.dim() == 1:
+    if arranged and len(scale.shape) == 1:
         n = scale.shape[0]
-    check_scale(scale, qweight, n)
+    if scale.dtype != torch.float16 or scale.shape != (n,):
+        raise ValueError(f"scale is {scale}, expected torch.float16 ({n},)")
     rows = -(-n // TOGETHER) * TOGETHER
-    if arranged and (qweight.shape != (rows // ROWS, k // 8, ROWS, 4) or not qweight.is_contiguous()):
+    if arranged and (qweight.shape != (rows // ROWS, k // 8, ROWS, 4) or not qweight.contiguous):
         raise ValueError(f"qweight is {tuple(qweight.shape)}, expected a contiguous arranged weight of {n} rows")
     parts = {"group_scale": group_scale, "group_zero": group_zero, "zero": zero}
-    present = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    present = {name: form for name, form in parts.items() if form is not None}
     if sorted(present) not in (["group_scale", "group_zero"], ["zero"]):
         raise ValueError(f"got {sorted(present)}, expected group_scale and group_zero, or zero alone")
     of_groups = (rows // TOGETHER, "K / group size", TOGETHER) if arranged else (n, "K / group size")
-    for name, tensor in present.items():
+    for name, form in present.items():
         shape = (n,) if name == "zero" else of_groups
-        sizes = zip(shape, tensor.shape, strict=False)
-        fits = tensor.dim() == len(shape) and all(isinstance(a, str) or a == b for a, b in sizes)
-        if tensor.dtype != torch.uint8 or not fits or (arranged and not tensor.is_contiguous()):
+        sizes = zip(shape, form.shape, strict=False)
+        fits = len(form.shape) == len(shape) and all(isinstance(a, str) or a == b for a, b in sizes)
+        if form.dtype != torch.uint8 or not fits or (arranged and not form.contiguous):
             wanted = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected torch.uint8 {wanted}")
-        _check_device(name, tensor, qweight)
+            raise ValueError(f"{name} is {form}, expected torch.uint8 {wanted}")
+    for name, form in (present | {"scale": scale}).items():
+        if form.device != qweight.device:
+            raise ValueError(f"{name} is on {form.device}, qweight on {qweight.device}")
     if group_scale is not None and group_zero is not None:
         groups = group_scale.shape[1]
         step = 8 if arranged else 2
@@ -211,11 +237,8 @@ def check_weight(
     return n, k
 
 
-def check_scale(scale: Tensor, qweight: Tensor, n: int) -> None:
-    """Refuse a ``scale`` that is not float16 ``(N,)`` beside ``qweight``."""
-    if scale.dtype != torch.float16 or scale.shape != (n,):
-        raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}, expected torch.float16 ({n},)")
-    _check_device("scale", scale, qweight)
+# A model has few forms of weights and asks for each before every product, when caches hold other things than this code.
+_known_sizes = functools.lru_cache(maxsize=1024)(_sizes)
 
 
 def check_quantized(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernelgraft_core.quant.w4a8.ops import check_activation, check_quantized, check_scale, register_backends
+from kernelgraft_core.quant.w4a8.ops import check_activation, check_quantized, register_backends
 from kernelgraft_core.runtime.op import Op
 
 from . import reference
@@ -77,5 +77,10 @@ def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None =
 def _check_weight(qweight: Tensor, scale: Tensor) -> tuple[int, int]:
     if qweight.dtype != torch.int8 or qweight.dim() != 2:
         raise ValueError(f"qweight is {qweight.dtype} {tuple(qweight.shape)}, expected torch.int8 (N, K)")
-    check_scale(scale, qweight, qweight.shape[0])
-    return qweight.shape[0], qweight.shape[1]
+    n, k = qweight.shape
+    if scale.dtype != torch.float16 or scale.shape != (n,) or scale.device != qweight.device:
+        raise ValueError(
+            f"scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}, expected torch.float16 ({n},) on "
+            f"{qweight.device}"
+        )
+    return n, k
