@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .weight import W4A8Weight
 
@@ -36,10 +39,13 @@ def example_args(
     zero = step * torch.randint(0, 15, step.shape, generator=generator)
     q = torch.randint(0, 16, (n, k), generator=generator)
     scale = torch.rand(n, generator=generator) * 1e-3 + 1e-3
-    weight = W4A8Weight.from_integers(q, scale, group_scale=step, group_zero=zero).to(device)
+    weight = W4A8Weight.from_integers(q, scale, group_scale=step, group_zero=zero).to(device).arranged()
     x, bias = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((m, k), (n,)))
     return {"w4a8_linear": (x, *weight.tensors, bias)}
 
 
-def peer(op: str, args: tuple[Any, ...]) -> None:
-    """None: ``kernelgraft bench`` runs an op on copies of its weight, and each copy would be expanded in the timing."""
+def peer(op: str, args: tuple[Any, ...]) -> tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]:
+    """What people run who have the weight in 16 bits: a name, the function and its operands."""
+    x, *tensors, bias = args
+    dense = W4A8Weight(*tensors).values(torch.float32).to(x.dtype)
+    return f"F.linear {str(x.dtype).removeprefix('torch.')}", F.linear, (x, dense, bias)
