@@ -1,0 +1,97 @@
+"""The sequences of a batch as Python numbers, checked before anything reads memory by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence that has queries.
+
+    Attributes:
+        index: its row in the block table.
+        first, last: its queries are tokens ``first`` to ``last - 1`` of the batch.
+        context: how many of its tokens are read from the cache.
+        offset: position of its first query; keys in the cache have positions 0 to ``context - 1``.
+    """
+
+    index: int
+    first: int
+    last: int
+    context: int
+    offset: int
+
+
+def read_sequences(
+    query: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    has_chunk: bool,
+) -> list[Sequence]:
+    """The sequences with queries, in order. On a GPU this waits for the device.
+
+    Args:
+        has_chunk: the keys of the queries' own tokens are not in the cache.
+
+    Raises:
+        ValueError: sequences do not follow each other within the queries, or would read beyond their block table or
+            the cache; the message names the value.
+    """
+    starts, contexts = query_start.tolist(), context_lens.tolist()
+    tokens, block_size = query.shape[0], cache.shape[2]
+    if starts[0] != 0 or starts[-1] > tokens or any(a > b for a, b in pairwise(starts)):
+        raise ValueError(f"query_start is {_short(starts)}, expected to ascend from 0 to at most {tokens}")
+    room = block_tables.shape[1] * block_size
+    found = []
+    for index, context in enumerate(contexts):
+        first, last = starts[index], starts[index + 1]
+        if first == last:
+            continue
+        least = 0 if has_chunk else last - first
+        if not least <= context <= room:
+            why = "" if has_chunk else f": without key it counts the {least} queries too"
+            raise ValueError(f"context_lens[{index}] is {context}, expected {least} to {room}{why}")
+        found.append(Sequence(index, first, last, context, context if has_chunk else context - last + first))
+    check_blocks(found, block_tables, cache)
+    return found
+
+
+def check_blocks(sequences: list[Sequence], block_tables: Tensor, cache: Tensor) -> None:
+    """Refuse a block table that sends a sequence outside the cache, in the part that is read."""
+    if not sequences:
+        return
+    block_size = cache.shape[2]
+    used = torch.zeros(block_tables.shape[0], dtype=torch.int64)
+    for sequence in sequences:
+        used[sequence.index] = -(-sequence.context // block_size)
+    read = torch.arange(block_tables.shape[1]) < used.unsqueeze(1)
+    tables = block_tables.cpu()
+    bad = (read & ((tables < 0) | (tables >= cache.shape[0]))).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        block = int(tables[row, column])
+        raise ValueError(f"block_tables[{row}, {column}] is {block}, the cache has blocks 0 to {cache.shape[0] - 1}")
+
+
+def check_slots(slot_mapping: Tensor, cache: Tensor) -> None:
+    """Refuse slots beyond the cache.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    slots = cache.shape[0] * cache.shape[2]
+    bad = (slot_mapping >= slots).nonzero()
+    if len(bad):
+        index = int(bad[0])
+        raise ValueError(f"slot_mapping[{index}] is {int(slot_mapping[index])}, the cache has slots 0 to {slots - 1}")
+
+
+def _short(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 12 else f"[{', '.join(map(str, numbers[:12]))}, ...]"
