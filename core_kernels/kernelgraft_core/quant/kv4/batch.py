@@ -27,6 +27,33 @@ class Sequence:
     offset: int
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What becomes of ``query @ key``, and which keys a query sees; as for :func:`.ops.kv4_attention`."""
+
+    softmax_scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+    def sees(self, position: int, keys: int) -> tuple[int, int]:
+        """The first and last positions, of ``keys`` that there are, which a query at ``position`` sees."""
+        first, last = 0, keys
+        if self.window is not None:
+            first, last = max(0, position - self.window + 1), min(keys, position + self.window)
+        return first, min(last, position + 1) if self.causal else last
+
+    def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The same for positions ``(Q,)`` and ``(K,)``: bool ``(Q, K)``."""
+        distance = queries.unsqueeze(1) - keys
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if self.causal:
+            seen &= distance >= 0
+        if self.window is not None:
+            seen &= distance.abs() < self.window
+        return seen
+
+
 def read_sequences(
     query: Tensor,
     cache: Tensor,

@@ -32,11 +32,11 @@ def append(key, value, cache, slots):
 
 
 def test_golden_bytes(backend):
-    cache = new_cache(2, 1, 2, 4)
-    key, value = torch.tensor([[[0.0, 15.0, 1.0, 7.4]]]), torch.tensor([[[-2.0, -2.0, -2.0, -2.0]]])
+    cache = new_cache(2, 1, 2, 8)
+    key, value = torch.tensor([[[0.0, 15.0, 1.0, 7.4, 3.0, 0.4, 14.6, 2.0]]]), torch.full((1, 1, 8), -2.0)
     append(key, value, cache, [3])
     numbers = np.array([1.0, 0.0, 0.0, -2.0], np.float16).tobytes()
-    assert bytes(cache[1, 0, 1].tolist()) == bytes([0xF0, 0x71, 0x00, 0x00]) + numbers
+    assert bytes(cache[1, 0, 1].tolist()) == bytes([0xF0, 0x71, 0x03, 0x2F, 0, 0, 0, 0]) + numbers
     assert not cache[0].any()
     assert not cache[1, 0, 0].any()
 
