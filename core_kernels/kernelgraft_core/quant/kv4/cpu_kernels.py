@@ -26,6 +26,7 @@ from . import cpu_vectors
 from .cpu_vectors import (
     LARGEST,
     LOWEST,
+    MEAN_NIBBLE,
     RUN,
     TILE,
     add_values,
@@ -60,7 +61,7 @@ GENERATORS = hashlib.sha256(
 
 
 @numba.njit(inline="always")
-def _clamp_half(x: float) -> float:
+def _clamp_half(x: Any) -> Any:
     return min(max(np.float32(x), -HALF_LARGEST), HALF_LARGEST)
 
 
@@ -111,20 +112,22 @@ def append_kernel(head_size: int) -> Any:
 
 
 @numba.njit
-def _round_query(row: Any, planes: Any, lanes: int, factor: float) -> tuple[float, float]:
-    """A query to integers by planes; what they, and the lower ends of keys, have to be multiplied with."""
+def _round_query(row: Any, planes: Any, lanes: int, factor: Any) -> tuple[Any, Any, Any]:
+    """A query to integers by planes; what products with them are multiplied with, what is added, and its sum."""
     largest, total = np.float32(0), np.float32(0)
     for x in row:
         total += x
         largest = max(largest, abs(x))
     if not np.isfinite(total) or not np.isfinite(largest):
         planes[:] = 0
-        return np.float32(np.nan), np.float32(np.nan)
-    inverse = np.float32(LARGEST) / max(largest, np.float32(1e-30))
+        return np.float32(np.nan), np.float32(np.nan), np.float32(np.nan)
+    step, rest = max(largest, np.float32(1e-30)) / np.float32(LARGEST), np.float32(0)
     for d in range(row.size):
         word = d // 4
-        planes[(word // lanes * 4 + d % 4) * lanes + word % lanes] = np.int16(np.rint(row[d] * inverse))
-    return factor * max(largest, np.float32(1e-30)) / np.float32(LARGEST), factor * total
+        nearest = np.rint(row[d] / step)
+        planes[(word // lanes * 4 + d % 4) * lanes + word % lanes] = np.int16(nearest)
+        rest += row[d] / step - nearest
+    return factor * step, factor * step * rest * np.float32(MEAN_NIBBLE), factor * total
 
 
 @numba.njit(inline="always")
@@ -164,13 +167,14 @@ def attend_kernel(isa: InstructionSet, head_size: int) -> Any:
             rows = queries * group
             room = (rows + ROWS - 1) // ROWS * ROWS
             planes, sums = np.zeros((room, padded), np.int16), np.zeros((room, summed), np.float32)
-            query_scale, query_total = np.zeros(room, np.float32), np.zeros(room, np.float32)
+            query_numbers = np.zeros((room, 3), np.float32)
             largest, total, lower = np.full(room, LOWEST, np.float32), np.zeros(room), np.zeros(room)
             planes_at, sums_at = planes.ctypes.data, sums.ctypes.data
             query = numba.carray(pointer(args[QUERY]), (first_query + queries, heads * group, head_size), np.float32)
             for row in range(rows):
                 values = query[first_query + row // group, head * group + row % group]
-                query_scale[row], query_total[row] = _round_query(values, planes[row], lanes, factor)
+                numbers = _round_query(values, planes[row], lanes, factor)
+                query_numbers[row, 0], query_numbers[row, 1], query_numbers[row, 2] = numbers
             table = numba.carray(
                 pointer(args[TABLES] + 4 * part[PART_TABLE] * args[TABLE_WIDTH]), (args[TABLE_WIDTH],), np.int32
             )
@@ -205,18 +209,19 @@ def attend_kernel(isa: InstructionSet, head_size: int) -> Any:
                             weights[r, :filled] = 0
                             continue
                         here = row + r
+                        scale, rest, whole = query_numbers[here]
                         if cap > np.float32(0):
-                            best, weight, lows, scale = weigh_tokens(
+                            best, weight, lows, unit = weigh_tokens(
                                 1, products_at + 4 * TILE * r, scales_at, filled // RUN, low, high,
-                                query_scale[here], query_total[here], cap, largest[here], weights_at + 2 * TILE * r,
+                                scale, rest, whole, cap, largest[here], weights_at + 2 * TILE * r,
                             )  # fmt: skip
                         else:
-                            best, weight, lows, scale = weigh_tokens(
+                            best, weight, lows, unit = weigh_tokens(
                                 0, products_at + 4 * TILE * r, scales_at, filled // RUN, low, high,
-                                query_scale[here], query_total[here], cap, largest[here], weights_at + 2 * TILE * r,
+                                scale, rest, whole, cap, largest[here], weights_at + 2 * TILE * r,
                             )  # fmt: skip
                         decay = np.float32(2.0 ** (largest[here] - best))
-                        row_factors[r, 0], row_factors[r, 1] = decay, scale
+                        row_factors[r, 0], row_factors[r, 1] = decay, unit
                         total[here] = total[here] * decay + weight
                         lower[here] = lower[here] * decay + lows
                         largest[here] = best

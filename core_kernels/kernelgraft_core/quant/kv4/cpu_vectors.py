@@ -7,6 +7,8 @@ integers, and the cache's own scales enter once per token:
     score[n]  = key_scale[n] * (q . key_nibbles[n]) + key_low[n] * sum(q)
     out       = sum_n (weight[n] * value_scale[n]) * value_nibbles[n]  +  sum_n weight[n] * value_low[n]
 
+What rounding drops of queries and weights meets nibbles of 7.5 on average: so much is added to the products.
+
 A word of 16 bits holds four nibbles: plane ``p`` of a vector is its words shifted by ``4 p``, and lane ``t`` of it the
 channel ``4 t + p``.
 """
@@ -35,6 +37,7 @@ TILE = 128  # tokens; their rows stay in the first-level cache between keys and 
 RUN = 16  # floats of a softmax that are computed together; LLVM splits them where vectors are shorter
 PACK = 8  # values that are quantized together
 LARGEST = 32767.0
+MEAN_NIBBLE = 7.5
 LOWEST = -1e30  # what a running maximum starts at
 _FLOATS, _INTEGERS = vector(F32, RUN), vector(I32, RUN)
 _ANY = INSTRUCTION_SETS[-1]
@@ -220,7 +223,7 @@ def _across(emit: Emit, quantity: Any, largest: bool) -> Any:
 
 @intrinsic(prefer_literal=True)
 def weigh_tokens(typing_context: Any, is_capped: Any, products: Any, scales: Any, runs: Any, first: Any, last: Any,
-                 scale: Any, total: Any, cap: Any, largest: Any, weights: Any) -> Any:  # fmt: skip
+                 scale: Any, rest: Any, total: Any, cap: Any, largest: Any, weights: Any) -> Any:  # fmt: skip
     """The softmax of one query over a tile: from products with keys to weights of value nibbles.
 
     Args:
@@ -228,22 +231,24 @@ def weigh_tokens(typing_context: Any, is_capped: Any, products: Any, scales: Any
         products: float32 ``(RUN * runs,)`` of :func:`multiply_keys`; holds ``weight * value_scale`` afterwards.
         scales: of :func:`unpack_scales`.
         first, last: the tokens that the query sees.
-        scale, total: what products and the lower ends of keys are multiplied with, for scores to base 2.
+        scale, rest, total: what products are multiplied with for scores to base 2, what is added to them, and what the
+            lower ends of keys are multiplied with.
         cap: of such scores.
         largest: score so far.
         weights: int16 ``(RUN * runs,)``.
 
     Returns:
-        The largest score, the sum of the weights ``2 ** (score - largest)``, the sum of those times the lower ends of
-        values, and what the integers have to be multiplied with. The sums are NaN where a seen row is.
+        The largest score, the sum of the weights ``2 ** (score - largest)``, what is added to every channel (the sum of
+        those times the lower ends of values), and what the integers have to be multiplied with. The sums are NaN where
+        a seen row is.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        products, scales, runs, first, last, scale, total, cap, largest, weights = args[1:]
+        products, scales, runs, first, last, scale, rest, total, cap, largest, weights = args[1:]
         emit = Emit(builder, _ANY)
         numbers = ir.Constant(_INTEGERS, list(range(RUN)))
         first, last = (emit.widen(builder.trunc(each, I32), RUN) for each in (first, last))
-        scale, total, cap = (emit.widen(each, RUN) for each in (scale, total, cap))
+        scale, rest, total, cap = (emit.widen(each, RUN) for each in (scale, rest, total, cap))
         nothing = constant(0.0, _FLOATS)
 
         def is_seen(i: Any) -> Any:
@@ -255,7 +260,7 @@ def weigh_tokens(typing_context: Any, is_capped: Any, products: Any, scales: Any
 
         def score(i: Any, best: list[Any]) -> list[Any]:
             at = emit.times(i, 4 * RUN)
-            product = builder.fmul(emit.load(products, _FLOATS, at), scale)
+            product = emit.fma(emit.load(products, _FLOATS, at), scale, rest)
             found = emit.fma(product, column(0, at), builder.fmul(column(1, at), total))
             if signature.args[0].literal_value:
                 found = _capped(emit, found, cap)
@@ -283,17 +288,20 @@ def weigh_tokens(typing_context: Any, is_capped: Any, products: Any, scales: Any
         top = builder.select(is_large, top, ir.Constant(F32, 1e-30))
         inverse = emit.widen(builder.fdiv(ir.Constant(F32, LARGEST), top), RUN)
 
-        def round_weights(i: Any, _: list[Any]) -> list[Any]:
+        def round_weights(i: Any, dropped: list[Any]) -> list[Any]:
             scaled = builder.fmul(emit.load(products, _FLOATS, emit.times(i, 4 * RUN)), inverse)
-            nearest = builder.fptosi(emit.call(f"llvm.rint.v{RUN}f32", _FLOATS, scaled), _INTEGERS)
-            emit.store(builder.trunc(nearest, vector(I16, RUN)), weights, emit.times(i, 2 * RUN))
-            return []
+            nearest = emit.call(f"llvm.rint.v{RUN}f32", _FLOATS, scaled)
+            integers = builder.trunc(builder.fptosi(nearest, _INTEGERS), vector(I16, RUN))
+            emit.store(integers, weights, emit.times(i, 2 * RUN))
+            return [builder.fadd(dropped[0], builder.fsub(scaled, nearest))]
 
-        emit.loop(runs, [], round_weights)
+        (dropped,) = emit.loop(runs, [nothing], round_weights)
         factor = builder.fdiv(top, ir.Constant(F32, LARGEST))
+        dropped = builder.fmul(_across(emit, dropped, largest=False), ir.Constant(F32, MEAN_NIBBLE))
+        lower = builder.fadd(lower, builder.fmul(dropped, factor))
         return context.make_tuple(builder, signature.return_type, [best, weight, lower, factor])
 
-    words, floats = [types.int64] * 5, [types.float32] * 4
+    words, floats = [types.int64] * 5, [types.float32] * 5
     return types.UniTuple(types.float32, 4)(is_capped, *words, *floats, types.int64), generate
 
 
