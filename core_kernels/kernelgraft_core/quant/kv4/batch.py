@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,15 +96,14 @@ def check_blocks(sequences: list[Sequence], block_tables: Tensor, cache: Tensor)
     if not sequences:
         return
     block_size = cache.shape[2]
-    used = torch.zeros(block_tables.shape[0], dtype=torch.int64)
-    for sequence in sequences:
-        used[sequence.index] = -(-sequence.context // block_size)
-    read = torch.arange(block_tables.shape[1]) < used.unsqueeze(1)
-    tables = block_tables.cpu()
-    bad = (read & ((tables < 0) | (tables >= cache.shape[0]))).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        block = int(tables[row, column])
+    tables = block_tables.cpu().numpy()
+    used = np.zeros(len(tables), np.int64)
+    used[[sequence.index for sequence in sequences]] = [-(-sequence.context // block_size) for sequence in sequences]
+    outside = (tables < 0) | (tables >= cache.shape[0])
+    outside &= np.arange(tables.shape[1]) < used[:, None]
+    if outside.any():
+        row, column = np.argwhere(outside)[0].tolist()
+        block = tables[row, column]
         raise ValueError(f"block_tables[{row}, {column}] is {block}, the cache has blocks 0 to {cache.shape[0] - 1}")
 
 

@@ -138,6 +138,24 @@ def _sees(position: int, keys: int, causal: int, window: int) -> tuple[int, int]
     return first, min(last, position + 1) if causal else last
 
 
+@numba.njit
+def _find_rows(addresses: Any, table: Any, base: int, first: int, last: int, args: Any) -> None:
+    """Where the rows of TILE tokens from ``first`` on are; those from ``last`` on as the last one's."""
+    count = min(TILE, last - first)
+    block_size, row_stride = args[BLOCK_SIZE], args[ROW_STRIDE]
+    block, inside = first // block_size, first % block_size
+    t, at = 0, np.int64(0)
+    while t < count:
+        stop = min(count, t + block_size - inside)
+        at = base + np.int64(table[block]) * args[BLOCK_STRIDE] + inside * row_stride
+        for i in range(t, stop):
+            addresses[i] = at + (i - t) * row_stride
+        at += (stop - t - 1) * row_stride
+        t, inside, block = stop, 0, block + 1
+    for i in range(count, TILE):
+        addresses[i] = at
+
+
 @functools.cache
 def attend_kernel(isa: InstructionSet, head_size: int) -> Any:
     """The kernel for a head size, a multiple of 8."""
@@ -150,16 +168,16 @@ def attend_kernel(isa: InstructionSet, head_size: int) -> Any:
     def attend_parts(start: int, stop: int, args: Any) -> None:
         """Items ``start`` to ``stop``: part ``i // KV_HEADS``, head ``i % KV_HEADS``."""
         _ = generated_by
-        heads, group, block_size = args[KV_HEADS], args[GROUP], args[BLOCK_SIZE]
+        heads, group = args[KV_HEADS], args[GROUP]
         causal, window = args[CAUSAL], args[WINDOW]
         parts = numba.carray(pointer(args[PARTS]), (stop // heads + 1, PART_SIZE), np.int64)
         factors = numba.carray(pointer(args[FACTORS]), (2,), np.float32)
         factor, cap = factors[0], factors[1]
-        addresses, scale_addresses = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
+        addresses = np.empty((2, TILE), np.int64)  # of this tile and the next
         products, weights = np.empty((ROWS, TILE), np.float32), np.empty((ROWS, TILE), np.int16)
         scales, row_factors = np.empty((4, TILE), np.float32), np.empty((ROWS, 2), np.float32)
         # numba frees an array after its last use by name: all are used again after the loop.
-        at, scales_at = addresses.ctypes.data, scales.ctypes.data
+        addresses_at, scales_at = addresses.ctypes.data, scales.ctypes.data
         products_at, weights_at, row_factors_at = products.ctypes.data, weights.ctypes.data, row_factors.ctypes.data
         for item in range(start, stop):
             part, head = parts[item // heads], item % heads
@@ -179,26 +197,28 @@ def attend_kernel(isa: InstructionSet, head_size: int) -> Any:
                 pointer(args[TABLES] + 4 * part[PART_TABLE] * args[TABLE_WIDTH]), (args[TABLE_WIDTH],), np.int32
             )
             base = args[CACHE] + head * args[HEAD_STRIDE]
+            turn = 0
+            _find_rows(addresses[0], table, base, part[PART_FIRST], part[PART_LAST], args)
             for first in range(part[PART_FIRST], part[PART_LAST], TILE):
                 count = min(TILE, part[PART_LAST] - first)
                 filled = (count + RUN - 1) // RUN * RUN
-                for t in range(filled):
-                    token = first + min(t, count - 1)
-                    block = np.int64(table[token // block_size])
-                    addresses[t] = base + block * args[BLOCK_STRIDE] + token % block_size * args[ROW_STRIDE]
-                    scale_addresses[t] = addresses[t] + head_size
-                unpack_scales(scale_addresses.ctypes.data, filled // 4, scales_at)
+                at = ahead = addresses_at + 8 * TILE * turn
+                turn = 1 - turn
+                if first + TILE < part[PART_LAST]:
+                    ahead = addresses_at + 8 * TILE * turn
+                    _find_rows(addresses[turn], table, base, first + TILE, part[PART_LAST], args)
+                unpack_scales(at, head_size, filled // 4, scales_at)
                 row = 0
                 while row < rows:
                     left = rows - row
                     step = 1 if left == 1 else 2 if left == 2 else ROWS
                     row_planes, row_sums = planes_at + 2 * padded * row, sums_at + 4 * summed * row
                     if step == 1:
-                        multiply_keys(which, head_size, 1, at, filled // 4, row_planes, products_at)
+                        multiply_keys(which, head_size, 1, at, ahead, filled // 4, row_planes, products_at)
                     elif step == 2:
-                        multiply_keys(which, head_size, 2, at, filled // 4, row_planes, products_at)
+                        multiply_keys(which, head_size, 2, at, ahead, filled // 4, row_planes, products_at)
                     else:
-                        multiply_keys(which, head_size, ROWS, at, filled // 4, row_planes, products_at)
+                        multiply_keys(which, head_size, ROWS, at, ahead, filled // 4, row_planes, products_at)
                     for r in range(step):
                         row_factors[r, 0], row_factors[r, 1] = np.float32(1), np.float32(0)
                         low, high = 0, 0
@@ -240,7 +260,7 @@ def attend_kernel(isa: InstructionSet, head_size: int) -> Any:
                     out[d] = sums[row, (word // width * 4 + d % 4) * width + word % width] + np.float32(lower[row])
                 out[head_size], out[head_size + 1] = largest[row], np.float32(total[row])
             planes[0, 0] = 0
-        addresses[0] = weights[0, 0]
+        addresses[0, 0] = weights[0, 0]
         scales[0, 0] = products[0, 0] + row_factors[0, 0]
 
     return attend_parts

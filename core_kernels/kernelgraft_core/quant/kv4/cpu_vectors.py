@@ -33,9 +33,12 @@ from kernelgraft_core.quant.packed.cpu_vectors import (
     vector,
 )
 
+from .rows import SCALE_BYTES
+
 TILE = 128  # tokens; their rows stay in the first-level cache between keys and values
 RUN = 16  # floats of a softmax that are computed together; LLVM splits them where vectors are shorter
 PACK = 8  # values that are quantized together
+LINE = 64  # bytes of a cache line
 LARGEST = 32767.0
 MEAN_NIBBLE = 7.5
 LOWEST = -1e30  # what a running maximum starts at
@@ -65,19 +68,20 @@ def _load_words(emit: Emit, address: Any, offset: int, words: int, lanes: int) -
 
 
 @intrinsic(prefer_literal=True)
-def multiply_keys(typing_context: Any, isa: Any, head_size: Any, rows: Any, addresses: Any, fours: Any, query: Any,
-                  out: Any) -> Any:  # fmt: skip
+def multiply_keys(typing_context: Any, isa: Any, head_size: Any, rows: Any, addresses: Any, ahead: Any, fours: Any,
+                  query: Any, out: Any) -> Any:  # fmt: skip
     """Products of ``rows`` queries with ``4 * fours`` keys to float32 ``out`` ``(rows, TILE)``.
 
     Args:
         isa: index into ``INSTRUCTION_SETS``; it, ``head_size`` and ``rows`` are literal.
         addresses: where the cache's rows are, int64 ``(4 * fours,)``.
+        ahead: where rows are that are needed soon: pages are too small for the processor to foresee the next one.
         query: int16 ``(rows, vectors, 4 planes, lanes)``, zeros beyond the head size.
     """
     instructions, d, count = INSTRUCTION_SETS[isa.literal_value], head_size.literal_value, rows.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        addresses, fours, query, out = args[3:]
+        addresses, ahead, fours, query, out = args[3:]
         emit, lanes = Emit(builder, instructions), instructions.lanes
         vectors = split_words(d, lanes)
         sums = vector(F32, lanes // 2)
@@ -96,6 +100,10 @@ def multiply_keys(typing_context: Any, isa: Any, head_size: Any, rows: Any, addr
 
         def work(i: Any, _: list[Any]) -> list[Any]:
             four = [token(emit.load(addresses, I64, emit.plus(emit.times(i, 32), 8 * t))) for t in range(4)]
+            for t in range(4):
+                soon = emit.load(ahead, I64, emit.plus(emit.times(i, 32), 8 * t))
+                for line in range(0, d + SCALE_BYTES, LINE):
+                    emit.prefetch(soon, line)
             for r in range(count):
                 total = emit.sums_of_four([products[r] for products in four])
                 emit.store(total, out, emit.plus(emit.times(i, 16), 4 * TILE * r))
@@ -104,7 +112,7 @@ def multiply_keys(typing_context: Any, isa: Any, head_size: Any, rows: Any, addr
         emit.loop(fours, [], work)
         return context.get_dummy_value()
 
-    return types.void(isa, head_size, rows, *([types.int64] * 4)), generate
+    return types.void(isa, head_size, rows, *([types.int64] * 5)), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -157,8 +165,8 @@ def add_values(typing_context: Any, isa: Any, head_size: Any, rows: Any, address
 
 
 @intrinsic
-def unpack_scales(typing_context: Any, addresses: Any, fours: Any, out: Any) -> Any:
-    """The four float16 at each of ``4 * fours`` addresses to float32 ``out`` ``(4, TILE)``.
+def unpack_scales(typing_context: Any, addresses: Any, offset: Any, fours: Any, out: Any) -> Any:
+    """The four float16 ``offset`` bytes behind each of ``4 * fours`` addresses to float32 ``out`` ``(4, TILE)``.
 
     Where the third, the scale of a value, is no number, neither is then the fourth.
     """
@@ -170,20 +178,20 @@ def unpack_scales(typing_context: Any, addresses: Any, fours: Any, out: Any) -> 
             rows = []
             for t in range(4):
                 address = emit.load(args[0], I64, emit.plus(emit.times(i, 32), 8 * t))
-                rows.append(builder.fpext(emit.load(address, vector(F16, 4), align=1), four))
+                rows.append(builder.fpext(emit.load(address, vector(F16, 4), args[1], align=1), four))
             a, b, c, d = rows
             low, high = [0, 4, 1, 5], [2, 6, 3, 7]
             pairs = [(emit.shuffle(a, b, order), emit.shuffle(c, d, order)) for order in (low, high)]
             columns = [emit.shuffle(*pair, order) for pair in pairs for order in ([0, 1, 4, 5], [2, 3, 6, 7])]
             columns[3] = emit.fma(columns[2], constant(0.0, four), columns[3])
             for which, column in enumerate(columns):
-                emit.store(column, args[2], emit.plus(emit.times(i, 16), 4 * TILE * which))
+                emit.store(column, args[3], emit.plus(emit.times(i, 16), 4 * TILE * which))
             return []
 
-        emit.loop(args[1], [], work)
+        emit.loop(args[2], [], work)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.void(*([types.int64] * 4)), generate
 
 
 def _power_of_two(emit: Emit, x: Any) -> Any:
