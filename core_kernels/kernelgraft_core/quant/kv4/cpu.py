@@ -1,25 +1,27 @@
-"""The ops of the 4-bit cache on a CPU: compiled kernels for a few queries of a sequence, matrix products for many.
+"""The ops of the 4-bit cache on a CPU: compiled kernels that read the cache as it is.
 
-A few queries are bound by reading the cache, and the kernels of :mod:`.cpu_kernels` read it as it is. For a chunk of a
-prompt cached tokens are dequantized, piece by piece, for matrix products (:mod:`.cpu_chunks`).
+Many queries that bring their own keys attend to those by PyTorch's attention (:mod:`.cpu_own`), and to the cache by the
+same kernels as single ones: with 16-bit integer products these are faster than dequantizing for a matrix product.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
 
-from kernelgraft_core.runtime.threads import Launch, Phase
+from kernelgraft_core.runtime.threads import Launch, Phase, parallel_for
 
-from .batch import Scoring, Sequence, check_slots, read_sequences
-from .cpu_chunks import attend_chunk
-from .cpu_few import attend_few, cache_numbers
+from .batch import Scoring, check_slots, read_sequences
+from .cpu_own import attend_own
+from .cpu_work import Work, cut_work
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FEW = 8  # queries of a sequence that the kernels take
+LOG2E = math.log2(math.e)
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
@@ -30,7 +32,7 @@ def kv4_append(key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor) 
         return
     launch = _append_launch(tokens * heads, head_size)
     key, value, slots = key.float().contiguous(), value.float().contiguous(), slot_mapping.long().contiguous()
-    launch(*cache_numbers(cache), key.data_ptr(), value.data_ptr(), slots.data_ptr())
+    launch(*_numbers(cache), key.data_ptr(), value.data_ptr(), slots.data_ptr())
 
 
 def kv4_attention(
@@ -48,31 +50,51 @@ def kv4_attention(
 ) -> Tensor:
     scoring = Scoring(softmax_scale, causal, window, softcap)
     sequences = read_sequences(query, cache, block_tables, context_lens, query_start, key is not None)
-    own = None if key is None or value is None else (key, value)
-    few = [sequence for sequence in sequences if sequence.last - sequence.first <= FEW]
-    if few and len(few) == len(sequences) and few[-1].last == len(query):
-        return attend_few(query, own, cache, block_tables, few, scoring)
-    out = torch.zeros(query.shape, dtype=query.dtype)
-    if few:
-        places, gathered = _gather(few)
-        chosen = None if own is None else (own[0][places], own[1][places])
-        out[places] = attend_few(query[places], chosen, cache, block_tables, gathered, scoring)
-    for sequence in sequences:
-        if sequence.last - sequence.first > FEW:
-            here = slice(sequence.first, sequence.last)
-            chosen = None if own is None else (own[0][here], own[1][here])
-            table = block_tables[sequence.index]
-            out[here] = attend_chunk(query[here], chosen, cache, table, sequence, scoring)
-    return out
+    _, heads, head_size = query.shape
+    kv_heads = cache.shape[1]
+    if not sequences:
+        return torch.zeros(query.shape, dtype=query.dtype)
+    work = cut_work(sequences, heads, kv_heads, scoring, key is not None)
+    queries = query.float().contiguous()
+    own = [None if x is None else x.float().contiguous() for x in (key, value)]
+    tables = block_tables.int().contiguous()
+    partial, out = torch.empty(work.rows, head_size + 2), torch.zeros(query.shape)
+    if key is not None and value is not None:
+        _attend_own(query, key, value, partial, work, scoring)
+    factors = torch.tensor(_factors(scoring))
+    numbers = (
+        0, *_numbers(cache), queries.data_ptr(), *(0 if x is None else x.data_ptr() for x in own), heads // kv_heads,
+        tables.data_ptr(), tables.shape[1], work.parts.ctypes.data, work.tokens.ctypes.data, factors.data_ptr(),
+        int(causal), window or 0, partial.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    told = (ctypes.c_int64 * len(numbers))(*numbers)
+    attend, merge = _attention_kernels(head_size)
+    if len(work.parts):
+        parallel_for(attend, told, len(work.parts) * kv_heads, bounds=work.bounds)
+    parallel_for(merge, told, len(work.tokens) * heads, grain=8)
+    return out.to(query.dtype)
 
 
-def _gather(sequences: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
-    """Where the queries of some sequences are, and the sequences as they are when only those queries are there."""
-    moved: list[Sequence] = []
-    for each in sequences:
-        first = moved[-1].last if moved else 0
-        moved.append(Sequence(each.index, first, first + each.last - each.first, each.context, each.offset))
-    return torch.cat([torch.arange(each.first, each.last) for each in sequences]), moved
+def _attend_own(query: Tensor, key: Tensor, value: Tensor, partial: Tensor, work: Work, scoring: Scoring) -> None:
+    """Write attention of long sequences over their own tokens to the partial results that are kept for it."""
+    for sequence, rows in work.own:
+        here = slice(sequence.first, sequence.last)
+        out, total = (x.float() for x in attend_own(query[here], key[here], value[here], scoring))
+        scores = torch.stack((total * LOG2E, torch.ones_like(total)), -1)
+        for block, row in zip(torch.cat((out, scores), -1).split(work.block), rows, strict=True):
+            partial[row : row + block.shape[0] * block.shape[1]] = block.flatten(0, 1)
+
+
+def _numbers(cache: Tensor) -> tuple[int, ...]:
+    """Address, strides in bytes, block size and heads, as kernels are told."""
+    return cache.data_ptr(), *cache.stride()[:3], cache.shape[2], cache.shape[1]
+
+
+def _factors(scoring: Scoring) -> tuple[float, float]:
+    """What products with keys are multiplied with, and the cap, for scores to base 2; with a cap twice as much."""
+    if scoring.softcap is None:
+        return scoring.softmax_scale * LOG2E, 0.0
+    return scoring.softmax_scale * 2 * LOG2E / scoring.softcap, scoring.softcap * LOG2E
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,6 +102,15 @@ def _append_launch(rows: int, head_size: int) -> Launch:
     from .cpu_kernels import append_kernel  # compiles, or loads what an earlier process compiled
 
     return Launch(Phase(append_kernel(head_size).address, rows, grain=32))
+
+
+@functools.cache
+def _attention_kernels(head_size: int) -> tuple[int, int]:
+    from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
+
+    from .cpu_kernels import attend_kernel, merge_kernel
+
+    return attend_kernel(instruction_set(), head_size).address, merge_kernel(head_size).address
 
 
 def supports_kv4_append(key: Tensor, *_: object) -> str | None:

@@ -42,7 +42,7 @@ ROWS = 4  # queries that share one pass over keys and values
 HALF_LARGEST = np.float32(65504)
 
 # What kernels are told: one int64 array, in this order; behind TASK it begins with where the cache is. Attention goes
-# on with float32 queries, keys and values (0 for none), and FACTORS: float32 scale and cap of scores to base 2, the
+# on with float32 queries, keys and values, and FACTORS: float32 scale and cap of scores to base 2, the
 # cap 0 for none. WINDOW 0 is none. PARTIAL is float32 (rows, head size + 2): sums, largest score, sum of weights.
 (TASK, CACHE, BLOCK_STRIDE, HEAD_STRIDE, ROW_STRIDE, BLOCK_SIZE, KV_HEADS,
  QUERY, KEY, VALUE, GROUP, TABLES, TABLE_WIDTH, PARTS, TOKENS, FACTORS, CAUSAL, WINDOW, PARTIAL, OUT,
@@ -51,8 +51,10 @@ SOURCE_KEY, SOURCE_VALUE, SLOTS = QUERY, KEY, VALUE  # for append
 # A part: a row of the block table, its first query, how many there are, position of the first, the tokens that are
 # read, and where its results begin in PARTIAL.
 PART_TABLE, PART_QUERY, PART_QUERIES, PART_OFFSET, PART_FIRST, PART_LAST, PART_ROW, PART_SIZE = range(8)
-# A query: its number in its sequence, the sequence's first query and how many, its first part and how many.
-TOKEN_NUMBER, TOKEN_FIRST, TOKEN_QUERIES, TOKEN_PART, TOKEN_PARTS, TOKEN_SIZE = range(6)
+# A query: its number in its part and how many there are, where its first part's results begin and how many parts it
+# has; then its number in its sequence, the sequence's first query, and how many of those have keys of their own.
+(TOKEN_NUMBER, TOKEN_QUERIES, TOKEN_ROW, TOKEN_PARTS, TOKEN_POSITION, TOKEN_FIRST, TOKEN_OWN, TOKEN_SIZE,
+) = range(8)  # fmt: skip
 
 # numba keeps a compiled kernel until the file that it is written in changes; these generate parts of it.
 GENERATORS = hashlib.sha256(
@@ -285,7 +287,7 @@ def merge_kernel(head_size: int) -> Any:
             largest, total = np.float32(LOWEST), np.float32(0)
             result[:] = 0
             for part in range(token[TOKEN_PARTS]):
-                slot = token[TOKEN_PART] + (part * token[TOKEN_QUERIES] + token[TOKEN_NUMBER]) * heads + head
+                slot = token[TOKEN_ROW] + (part * token[TOKEN_QUERIES] + token[TOKEN_NUMBER]) * heads + head
                 found = numba.carray(pointer(args[PARTIAL] + 4 * slot * (head_size + 2)), (head_size + 2,), np.float32)
                 best = max(largest, found[head_size])
                 old, new = np.float32(2.0 ** (largest - best)), np.float32(2.0 ** (found[head_size] - best))
@@ -293,15 +295,15 @@ def merge_kernel(head_size: int) -> Any:
                     result[d] = result[d] * old + found[d] * new
                 total = total * old + found[head_size + 1] * new
                 largest = best
-            if args[KEY]:
-                size = token[TOKEN_QUERIES]
+            size = token[TOKEN_OWN]
+            if size:
                 shape = (token[TOKEN_FIRST] + size, kv_heads, head_size)
                 keys, values = (
                     numba.carray(pointer(args[KEY]), shape, np.float32),
                     numba.carray(pointer(args[VALUE]), shape, np.float32),
                 )
                 query = numba.carray(pointer(args[QUERY] + 4 * item * head_size), (head_size,), np.float32)
-                low, high = _sees(token[TOKEN_NUMBER], size, causal, window)
+                low, high = _sees(token[TOKEN_POSITION], size, causal, window)
                 for other in range(low, high):
                     key = keys[token[TOKEN_FIRST] + other, head // group]
                     value = values[token[TOKEN_FIRST] + other, head // group]
