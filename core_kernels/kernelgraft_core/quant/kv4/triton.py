@@ -1,14 +1,161 @@
-"""Not fast yet: the reference."""
+"""The ops of the 4-bit cache on a GPU. Nothing is read back from it: sizes that lengths decide are bounded instead."""
 
 from __future__ import annotations
 
-from .reference import kv4_append, kv4_attention
+import functools
+import math
+import os
+from dataclasses import dataclass
 
-__all__ = ["kv4_append", "kv4_attention", "supports_kv4_append", "supports_kv4_attention"]
+import torch
+import triton
+from torch import Tensor
+
+from .triton_kernels import append_kernel, cached_kernel, merge_kernel, own_kernel
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2E = math.log2(math.e)
+LARGEST_HEAD = 256
+PROGRAMS = 4  # for each multiprocessor, that splitting a context aims at
+LEAST_SPLIT = 256  # tokens
+MOST_SPLITS = 32
 
 
-def supports_kv4_append(*_: object) -> None:
+@dataclass(frozen=True)
+class Tile:
+    """A tile of attention: rows (queries in all heads that share keys), tokens, warps and stages of loading."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+def choose_tile(group: int, head_size: int, is_decode: bool) -> Tile:
+    """The tile for ``group`` query heads to a key-value head; decode is about one query to a sequence."""
+    least = max(16, triton.next_power_of_2(group))
+    if is_decode:
+        return Tile(least, 64 if head_size <= 128 else 32, 4, 3)
+    return Tile(max(least, 64 if head_size <= 128 else 32), 64 if head_size <= 128 else 32, 4, 2)
+
+
+def kv4_append(key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    tokens, heads, head_size = key.shape
+    if tokens == 0:
+        return
+    key, value = _rows_contiguous(key), _rows_contiguous(value)
+    words = cache.view(torch.int32)
+    with torch.cuda.device_of(cache):
+        append_kernel[tokens, heads](
+            key, value, words, slot_mapping.contiguous(), cache.shape[0] * cache.shape[2],
+            *key.stride()[:2], *value.stride()[:2], *words.stride()[:3], cache.shape[2],
+            D=head_size, BD=triton.next_power_of_2(head_size), num_warps=1,
+        )  # fmt: skip
+
+
+def kv4_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    tokens, heads, head_size = query.shape
+    batch, kv_heads = block_tables.shape[0], cache.shape[1]
+    out = query.new_empty(query.shape)
+    if tokens == 0:
+        return out
+    if batch == 0:
+        return out.zero_()
+    query = _rows_contiguous(query)
+    tables, lengths, starts = (x.int().contiguous() for x in (block_tables, context_lens, query_start))
+    tile = choose_tile(heads // kv_heads, head_size, tokens <= batch)
+    blocks = tokens // (tile.rows * kv_heads // heads) + batch
+    splits = choose_splits(tables.shape[1] * cache.shape[2], min(blocks, tokens) * kv_heads, _processors(cache.device))
+    slots = splits + (key is not None)
+    sums = torch.empty((slots, tokens, heads, head_size), dtype=torch.float32, device=query.device)
+    state = torch.empty((slots, tokens, heads, 2), dtype=torch.float32, device=query.device)
+    factor, cap = _factors(softmax_scale, softcap)
+    fixed = constants(heads // kv_heads, head_size, tile, causal, window, softcap)
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    words = cache.view(torch.int64)
+    with torch.cuda.device_of(query):
+        cached_kernel[blocks, kv_heads, splits](
+            query, words, tables, lengths, starts, sums, state, tokens, batch, heads, tables.shape[1],
+            *query.stride()[:2], *words.stride()[:3], factor, cap, window or 0,
+            **fixed, BLOCK_SIZE=cache.shape[2], SPLITS=splits, HAS_OWN=key is not None, **launch,
+        )  # fmt: skip
+        if key is not None and value is not None:
+            key, value = _rows_contiguous(key), _rows_contiguous(value)
+            own_kernel[blocks, kv_heads](
+                query, key, value, starts, sums, state, tokens, batch, heads, splits,
+                *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], factor, cap, window or 0,
+                **fixed, INTERPRETED=INTERPRETED, **launch,
+            )  # fmt: skip
+        merge_kernel[tokens, heads](
+            sums, state, starts, out, tokens, batch, heads,
+            D=head_size, BD=triton.next_power_of_2(head_size), SLOTS=slots, num_warps=1,
+        )  # fmt: skip
+    return out
+
+
+def constants(
+    group: int, head_size: int, tile: Tile, causal: bool, window: int | None, softcap: float | None
+) -> dict[str, int | bool]:
+    """The constant arguments that both attention kernels take."""
+    return {
+        "D": head_size, "BD": triton.next_power_of_2(head_size), "BM": tile.rows, "BN": tile.tokens, "GROUP": group,
+        "BQ": tile.rows // group, "CAUSAL": causal, "HAS_WINDOW": window is not None, "HAS_CAP": softcap is not None,
+        "STAGES": tile.stages,
+    }  # fmt: skip
+
+
+def choose_splits(longest: int, programs: int, processors: int) -> int:
+    """How many programs share a context of up to ``longest`` tokens, where there are ``programs`` without sharing."""
+    wanted = -(-PROGRAMS * processors // max(programs, 1))
+    return max(1, min(wanted, -(-longest // LEAST_SPLIT), MOST_SPLITS))
+
+
+def _factors(softmax_scale: float, softcap: float | None) -> tuple[float, float]:
+    """What products with keys are multiplied with, and the cap, for scores to base 2; with a cap twice as much."""
+    if softcap is None:
+        return softmax_scale * LOG2E, 0.0
+    return softmax_scale * 2 * LOG2E / softcap, softcap * LOG2E
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":  # the interpreter
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def supports_kv4_append(key: Tensor, value: Tensor, cache: Tensor, *_: object) -> str | None:
+    return _unsupported(key, cache, 8)
+
+
+def supports_kv4_attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, *_: object) -> str | None:
+    return _unsupported(query, cache, 16)
+
+
+def _unsupported(x: Tensor, cache: Tensor, multiple: int) -> str | None:
+    head_size = x.shape[-1]
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"{x.dtype} is not one of torch.float16, torch.bfloat16"
+    if head_size % multiple or head_size > LARGEST_HEAD:
+        return f"head size {head_size} is not a multiple of {multiple} up to {LARGEST_HEAD}"
+    if any(stride % 8 for stride in cache.stride()[:3]) or cache.data_ptr() % 8:
+        return f"rows of the cache, with strides {cache.stride()}, do not begin at multiples of 8 bytes"
+    if cache.device.type == "cuda" and torch.cuda.get_device_capability(cache.device) < (8, 0):
+        return f"compute capability {torch.cuda.get_device_capability(cache.device)} is below 8.0"
     return None
-
-
-supports_kv4_attention = supports_kv4_append

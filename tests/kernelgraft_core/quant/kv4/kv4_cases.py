@@ -34,18 +34,18 @@ class Batch:
         return kv4_attention(*self.tensors, **options)
 
 
-def poisoned_cache(blocks, kv_heads, block_size, head_size, strided=False):
-    """A cache whose every row is NaN, with the strides of heads that lie between blocks of other layers if asked."""
+def poisoned_cache(blocks, kv_heads, block_size, head_size, padding=0):
+    """A cache whose every row is NaN; with ``padding``, of tokens between those of other layers and with gaps."""
     row = kv4_row_bytes(head_size)
-    if not strided:
+    if not padding:
         return torch.full((blocks, kv_heads, block_size, row), 255, dtype=torch.uint8)
-    wide = torch.full((blocks, block_size, 3, kv_heads, row + 6), 255, dtype=torch.uint8)
-    return wide[:, :, 1, :, 2 : 2 + row].permute(0, 2, 1, 3)
+    wide = torch.full((blocks, block_size, 3, kv_heads, row + 2 * padding), 255, dtype=torch.uint8)
+    return wide[:, :, 1, :, padding : padding + row].permute(0, 2, 1, 3)
 
 
 def make_batch(
     contexts, queries, *, kv_heads=2, group=3, head_size=64, block_size=16, dtype=torch.float32, chunk=True,
-    strided=False, seed=0, device="cpu",
+    padding=0, seed=0, device="cpu",
 ):  # fmt: skip
     """Sequences of ``contexts`` tokens in the cache and ``queries`` new ones; without ``chunk`` contexts count both."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def make_batch(
     order = torch.randperm(blocks, generator=generator).tolist()
     width = max([*needed, 1]) + 1
     tables = torch.full((batch, width), -7, dtype=torch.int32)
-    cache = poisoned_cache(blocks, kv_heads, block_size, head_size, strided).to(device)
+    cache = poisoned_cache(blocks, kv_heads, block_size, head_size, padding).to(device)
     history = []
     for row, (context, count) in enumerate(zip(contexts, needed, strict=True)):
         own = [order.pop() for _ in range(count)]
@@ -71,7 +71,7 @@ def make_batch(
         key = draw(context, kv_heads, head_size) + offset
         value = draw(context, kv_heads, head_size) * 3
         kv4_append(key.to(device), value.to(device), cache, torch.tensor(slots, dtype=torch.int64, device=device))
-    if strided:  # as vLLM hands slices of one projection
+    if padding:  # as vLLM hands slices of one projection
         joint = draw(tokens, (heads + 2 * kv_heads) * head_size).to(device)
         sizes = (heads * head_size, kv_heads * head_size, kv_heads * head_size)
         query, key, value = (part.unflatten(1, (-1, head_size)) for part in joint.split(sizes, 1))

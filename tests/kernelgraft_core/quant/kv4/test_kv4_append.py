@@ -53,7 +53,7 @@ def test_rows_are_those_of_the_definition(backend, dtype, head_size, strided, mo
         _, key, value = (x.unflatten(1, (heads, head_size)) for x in joint.chunk(3, 1))
     else:
         key, value = torch.randn(2, tokens, heads, head_size).to(dtype)
-    cache = poisoned_cache(3, heads, 5, head_size, strided)
+    cache = poisoned_cache(3, heads, 5, head_size, 3 * strided)
     slots = [4, -1, 14, 0, 9, -5, 7]
     before = cache.clone()
     append(key, value, cache, slots)

@@ -66,8 +66,8 @@ def test_windows_soft_caps_and_bidirectional_chunks(backend, options, chunk):
 
 @pytest.mark.parametrize("chunk", [True, False], ids=["chunk", "cached"])
 def test_slices_of_a_joint_projection_and_a_cache_between_others(backend, chunk):
-    check(make_batch([40, 7, 90], [1, 5, 30], strided=True, chunk=chunk))
-    check(make_batch([40, 7, 90], [1, 5, 30], strided=True, chunk=chunk, dtype=torch.bfloat16), 1e-2)
+    check(make_batch([40, 7, 90], [1, 5, 30], padding=3, chunk=chunk))
+    check(make_batch([40, 7, 90], [1, 5, 30], padding=3, chunk=chunk, dtype=torch.bfloat16), 1e-2)
 
 
 def test_a_long_context_on_any_number_of_threads_is_the_same(backend):
@@ -207,7 +207,7 @@ def test_bad_arguments_are_refused(backend, change, message):
 
 @pytest.mark.parametrize("chunk", [True, False], ids=["chunk", "cached"])
 def test_passes_torchs_own_checks_and_compiles_whole(backend, chunk):
-    batch = make_batch([20, 30], [1, 3], chunk=chunk, dtype=torch.bfloat16, strided=True)
+    batch = make_batch([20, 30], [1, 3], chunk=chunk, dtype=torch.bfloat16, padding=3)
     opcheck(torch.ops.kernelgraft.kv4_attention.default, (*batch.tensors, True, 8, 30.0))
 
     def step(query):
