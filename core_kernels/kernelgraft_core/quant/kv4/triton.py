@@ -15,6 +15,7 @@ from .triton_kernels import append_kernel, cached_kernel, merge_kernel, own_kern
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = math.log2(math.e)
+HALVES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 PROGRAMS = 4  # for each multiprocessor, that splitting a context aims at
 LEAST_SPLIT = 256  # tokens
@@ -23,29 +24,44 @@ MOST_SPLITS = 32
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of attention: rows (queries in all heads that share keys), tokens, warps and stages of loading."""
+    """A tile of attention.
+
+    Attributes:
+        rows: queries, in all heads that share keys.
+        tokens: whose keys and values are loaded together.
+        warps, stages: of a program, and of loading.
+        registers: allowed per thread, 0 for what ptxas chooses; given where it would spill to fit one more program.
+    """
 
     rows: int
     tokens: int
     warps: int
     stages: int
+    registers: int = 0
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers or None}
 
 
 def choose_cached_tile(group: int, head_size: int, is_decode: bool) -> Tile:
     """The tile of ``cached_kernel`` for ``group`` query heads to a key-value head; decode is one query to a sequence.
 
-    Chosen from what ahead-of-time compiling shows: no spills, tiles in flight, and the fewest instructions per token.
+    Chosen by what ahead-of-time compiling shows: no spills, tiles in flight, and the fewest instructions per token.
     """
     rows = max(16 if is_decode else 32, triton.next_power_of_2(group))
     if rows == 16:
         return Tile(16, 64, 2 if head_size <= 128 else 4, 5)
-    return Tile(rows, 64 if head_size <= 64 else 32, 4 if rows == 32 else 8, 4)
+    warps = 4 if rows == 32 and head_size <= 128 else 8
+    return Tile(rows, 64 if head_size <= 64 else 32, warps, 5, 240)
 
 
 def choose_own_tile(group: int, head_size: int, is_decode: bool) -> Tile:
     """The tile of ``own_kernel``, likewise."""
     rows = max(16 if is_decode else 64, triton.next_power_of_2(group))
-    return Tile(rows, 64 if head_size <= 64 else 32, 4 if head_size <= 128 or rows < 64 else 8, 3)
+    if rows < 64:
+        return Tile(rows, 32, 4, 3, 128 if head_size <= 64 else 240)
+    return Tile(rows, 64 if head_size <= 64 else 32, 4 if head_size <= 128 else 8, 2, 240)
 
 
 def kv4_append(key: Tensor, value: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
@@ -99,7 +115,7 @@ def kv4_attention(
             query, words, tables, lengths, starts, sums, state, tokens, batch, heads, tables.shape[1],
             *query.stride()[:2], *words.stride()[:3], factor, cap, window or 0,
             **constants(group, head_size, tile, *masks), BLOCK_SIZE=cache.shape[2], SPLITS=splits,
-            HAS_OWN=key is not None, num_warps=tile.warps, num_stages=tile.stages,
+            HAS_OWN=key is not None, **tile.launch,
         )  # fmt: skip
         if key is not None and value is not None:
             key, value = _rows_contiguous(key), _rows_contiguous(value)
@@ -108,7 +124,7 @@ def kv4_attention(
                 query, key, value, starts, sums, state, tokens, batch, heads, splits,
                 *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], factor, cap, window or 0,
                 **constants(group, head_size, tile, *masks), INTERPRETED=INTERPRETED,
-                num_warps=tile.warps, num_stages=tile.stages,
+                **tile.launch,
             )  # fmt: skip
         merge_kernel[tokens, heads](
             sums, state, starts, out, tokens, batch, heads,
@@ -158,17 +174,17 @@ def _processors(device: torch.device) -> int:
 
 
 def supports_kv4_append(key: Tensor, value: Tensor, cache: Tensor, *_: object) -> str | None:
-    return _unsupported(key, cache, 8)
+    return _unsupported(key, cache, (*HALVES, torch.float32), 8)
 
 
 def supports_kv4_attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, *_: object) -> str | None:
-    return _unsupported(query, cache, 16)
+    return _unsupported(query, cache, HALVES, 16)
 
 
-def _unsupported(x: Tensor, cache: Tensor, multiple: int) -> str | None:
+def _unsupported(x: Tensor, cache: Tensor, dtypes: tuple[torch.dtype, ...], multiple: int) -> str | None:
     head_size = x.shape[-1]
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"{x.dtype} is not one of torch.float16, torch.bfloat16"
+    if x.dtype not in dtypes:
+        return f"{x.dtype} is not one of {', '.join(map(str, dtypes))}"
     if head_size % multiple or head_size > LARGEST_HEAD:
         return f"head size {head_size} is not a multiple of {multiple} up to {LARGEST_HEAD}"
     if any(stride % 8 for stride in cache.stride()[:3]) or cache.data_ptr() % 8:
