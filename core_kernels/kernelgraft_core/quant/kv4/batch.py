@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Scoring:
         if self.window is not None:
             first, last = max(0, position - self.window + 1), min(keys, position + self.window)
         return first, min(last, position + 1) if self.causal else last
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """What products with keys are multiplied with, and the cap, for scores to base 2.
+
+        With a cap the product is twice the argument of tanh, for ``tanh(y) = 1 - 2 / (exp(2 y) + 1)``; without, it is 0.
+        """
+        if self.softcap is None:
+            return self.softmax_scale * LOG2E, 0.0
+        return self.softmax_scale * 2 * LOG2E / self.softcap, self.softcap * LOG2E
 
     def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The same for positions ``(Q,)`` and ``(K,)``: bool ``(Q, K)``."""

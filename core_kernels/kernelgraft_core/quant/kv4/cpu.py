@@ -9,19 +9,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import math
 
 import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.threads import Launch, Phase, parallel_for
 
-from .batch import Scoring, check_slots, read_sequences
+from .batch import LOG2E, Scoring, check_slots, read_sequences
 from .cpu_own import attend_own
 from .cpu_work import Work, cut_work
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LOG2E = math.log2(math.e)
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
@@ -61,7 +59,7 @@ def kv4_attention(
     partial, out = torch.empty(work.rows, head_size + 2), torch.zeros(query.shape)
     if key is not None and value is not None:
         _attend_own(query, key, value, partial, work, scoring)
-    factors = torch.tensor(_factors(scoring))
+    factors = torch.tensor(scoring.factors)
     numbers = (
         0, *_numbers(cache), queries.data_ptr(), *(0 if x is None else x.data_ptr() for x in own), heads // kv_heads,
         tables.data_ptr(), tables.shape[1], work.parts.ctypes.data, work.tokens.ctypes.data, factors.data_ptr(),
@@ -88,13 +86,6 @@ def _attend_own(query: Tensor, key: Tensor, value: Tensor, partial: Tensor, work
 def _numbers(cache: Tensor) -> tuple[int, ...]:
     """Address, strides in bytes, block size and heads, as kernels are told."""
     return cache.data_ptr(), *cache.stride()[:3], cache.shape[2], cache.shape[1]
-
-
-def _factors(scoring: Scoring) -> tuple[float, float]:
-    """What products with keys are multiplied with, and the cap, for scores to base 2; with a cap twice as much."""
-    if scoring.softcap is None:
-        return scoring.softmax_scale * LOG2E, 0.0
-    return scoring.softmax_scale * 2 * LOG2E / scoring.softcap, scoring.softcap * LOG2E
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,14 +16,13 @@ from typing import Any
 import numba
 import numpy as np
 
-from kernelgraft_core.quant.packed import cpu_numbers
-from kernelgraft_core.quant.packed import cpu_vectors as packed_vectors
+from kernelgraft_core.quant.packed import cpu_numbers, cpu_vectors
 from kernelgraft_core.quant.packed.cpu_numbers import float_of_half, half_of_float
 from kernelgraft_core.quant.packed.cpu_vectors import INSTRUCTION_SETS, InstructionSet
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
-from . import cpu_vectors
-from .cpu_vectors import (
+from . import cpu_steps
+from .cpu_steps import (
     LARGEST,
     LOWEST,
     MEAN_NIBBLE,
@@ -58,7 +57,7 @@ PART_TABLE, PART_QUERY, PART_QUERIES, PART_OFFSET, PART_FIRST, PART_LAST, PART_R
 
 # numba keeps a compiled kernel until the file that it is written in changes; these generate parts of it.
 GENERATORS = hashlib.sha256(
-    b"".join(Path(str(module.__file__)).read_bytes() for module in (cpu_vectors, packed_vectors, cpu_numbers))
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (cpu_steps, cpu_vectors, cpu_numbers))
 ).hexdigest()
 
 
@@ -134,7 +133,7 @@ def _round_query(row: Any, planes: Any, lanes: int, factor: Any) -> tuple[Any, A
 
 @numba.njit(inline="always")
 def _sees(position: int, keys: int, causal: int, window: int) -> tuple[int, int]:
-    """The positions, of ``keys`` that there are, which a query at ``position`` sees."""
+    """``Scoring.sees`` for compiled code; a window of 0 is none."""
     first = max(0, position - window + 1) if window else 0
     last = min(keys, position + window) if window else keys
     return first, min(last, position + 1) if causal else last

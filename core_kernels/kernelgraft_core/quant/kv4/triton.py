@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from dataclasses import dataclass
 
@@ -11,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .batch import Scoring
 from .triton_kernels import append_kernel, cached_kernel, merge_kernel, own_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LOG2E = math.log2(math.e)
 HALVES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 PROGRAMS = 4  # for each multiprocessor, that splitting a context aims at
@@ -107,7 +106,7 @@ def kv4_attention(
     slots = splits + (key is not None)
     sums = torch.empty((slots, tokens, heads, head_size), dtype=torch.float32, device=query.device)
     state = torch.empty((slots, tokens, heads, 2), dtype=torch.float32, device=query.device)
-    factor, cap = _factors(softmax_scale, softcap)
+    factor, cap = Scoring(softmax_scale, causal, window, softcap).factors
     masks = causal, window, softcap
     words = cache.view(torch.int64)
     with torch.cuda.device_of(query):
@@ -153,13 +152,6 @@ def choose_splits(longest: int, programs: int, processors: int) -> int:
     """How many programs share a context of up to ``longest`` tokens, where there are ``programs`` without sharing."""
     wanted = -(-PROGRAMS * processors // max(programs, 1))
     return max(1, min(wanted, -(-longest // LEAST_SPLIT), MOST_SPLITS))
-
-
-def _factors(softmax_scale: float, softcap: float | None) -> tuple[float, float]:
-    """What products with keys are multiplied with, and the cap, for scores to base 2; with a cap twice as much."""
-    if softcap is None:
-        return softmax_scale * LOG2E, 0.0
-    return softmax_scale * 2 * LOG2E / softcap, softcap * LOG2E
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
