@@ -100,8 +100,8 @@ def test_own_keys_are_loaded_sixteen_bytes_at_a_time(arch, head_size, is_decode)
 @pytest.mark.slow
 @ARCHS
 @PHASES
-@pytest.mark.parametrize("group", [1, 8, 32])
-@pytest.mark.parametrize("head_size", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 32])
+@pytest.mark.parametrize("head_size", [32, 80, 128, 256])
 def test_no_head_size_or_group_spills(arch, is_decode, group, head_size):
     check_sound(cached(arch, head_size, group, is_decode))
     check_sound(own(arch, head_size, group, is_decode))
@@ -110,12 +110,12 @@ def test_no_head_size_or_group_spills(arch, is_decode, group, head_size):
 @pytest.mark.slow
 @ARCHS
 @PHASES
-@pytest.mark.parametrize("options", [{"window": 64}, {"softcap": 30.0}, {"window": 64, "softcap": 30.0}], ids=str)
+@pytest.mark.parametrize("options", [{"window": 64}, {"window": 64, "softcap": 30.0}], ids=str)
 def test_neither_do_windows_and_soft_caps(arch, is_decode, options):
-    for dtype in POINTER:
-        check_sound(cached(arch, is_decode=is_decode, dtype=dtype, **options))
-        check_sound(cached(arch, is_decode=is_decode, dtype=dtype, has_own=False, **options))
-        check_sound(own(arch, is_decode=is_decode, dtype=dtype, **options))
+    dtype = torch.bfloat16
+    check_sound(cached(arch, is_decode=is_decode, dtype=dtype, **options))
+    check_sound(cached(arch, is_decode=is_decode, dtype=dtype, has_own=False, **options))
+    check_sound(own(arch, is_decode=is_decode, dtype=dtype, **options))
 
 
 @ARCHS

@@ -51,7 +51,7 @@ class Scoring:
     def factors(self) -> tuple[float, float]:
         """What products with keys are multiplied with, and the cap, for scores to base 2.
 
-        With a cap the product is twice the argument of tanh, for ``tanh(y) = 1 - 2 / (exp(2 y) + 1)``; without, it is 0.
+        With a cap, products are twice the argument of tanh: ``tanh(y) = 1 - 2 / (exp(2 y) + 1)``. 0 is no cap.
         """
         if self.softcap is None:
             return self.softmax_scale * LOG2E, 0.0

@@ -52,7 +52,7 @@ def choose_cached_tile(group: int, head_size: int, is_decode: bool) -> Tile:
     if rows == 16:
         return Tile(16, 64, 2 if head_size <= 128 else 4, 5)
     warps = 4 if rows == 32 and head_size <= 128 else 8
-    return Tile(rows, 64 if head_size <= 64 else 32, warps, 5, 240)
+    return Tile(rows, 64 if head_size <= 64 else 32, warps, 5, 255)
 
 
 def choose_own_tile(group: int, head_size: int, is_decode: bool) -> Tile:
