@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernelgraft_core.quant.kv4 import kv4_append, kv4_attention, kv4_row_bytes, new_cache, unpack_rows
 from kernelgraft_core.quant.packed.reference import dequantize
 from kernelgraft_core.quant.weights import QuantizedWeight, linear, pack_weight
 from kernelgraft_core.runtime.op import Implementation, Op, registered_ops
@@ -262,3 +263,77 @@ for _bits in (4, 3):
                 rotates=_suite == "cpu",
             )
         )
+
+# -- KV4 -------------------------------------------------------------------------------------------------------------
+
+KV_HEADS, GROUP_HEADS, HEAD_SIZE, BLOCK_SIZE = 8, 4, 128, 16  # of an 8B Llama
+CONTEXTS = tuple(
+    {"batch": batch, "context": context} for batch, contexts in ((1, (1024, 4096, 16384)), (16, (1024, 4096)))
+    for context in contexts
+)  # fmt: skip
+
+
+def _decode_inputs(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """One query for each sequence, a cache, and what it stands for: ``(batch, heads, context, size)`` in float32."""
+    batch, context = shape["batch"], shape["context"]
+    generator = torch.Generator().manual_seed(0)
+    blocks = context // BLOCK_SIZE
+    tables = torch.randperm(batch * blocks, generator=generator).view(batch, blocks).int()
+    cache = new_cache(batch * blocks, KV_HEADS, BLOCK_SIZE, HEAD_SIZE)
+    for begin in range(0, batch * context, context):
+        key, value = torch.randn(2, context, KV_HEADS, HEAD_SIZE, generator=generator)
+        kv4_append(key, value, cache, torch.arange(begin, begin + context))
+    rows = cache[tables.long()].transpose(2, 3).flatten(1, 2).transpose(1, 2)
+    key, value = unpack_rows(rows, torch.float32)
+    query = torch.randn(batch, KV_HEADS * GROUP_HEADS, HEAD_SIZE, generator=generator).bfloat16()
+    lengths, starts = torch.full((batch,), context).int(), torch.arange(batch + 1).int()
+    return query.to(device), key, value, tuple(x.to(device) for x in (cache, tables, lengths, starts))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query.unsqueeze(2), key, value, enable_gqa=True).squeeze(2)
+
+
+def _attend_grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same, with the heads that share keys as queries of one head: keys are read once."""
+    grouped = query.view(query.shape[0], KV_HEADS, GROUP_HEADS, HEAD_SIZE)
+    return F.scaled_dot_product_attention(grouped, key, value).view(query.shape)
+
+
+def _prepare_kv4(device: str, shape: Shape) -> Prepared:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("kv4: no CUDA device")
+    query, key, value, (cache, *rest) = _decode_inputs(shape, device)
+    scale = HEAD_SIZE**-0.5
+    backend = "triton" if device == "cuda" else "cpu"
+    require_backend("kv4_attention", backend, device, query, None, None, cache, *rest, scale, True, None, None)
+    exact = []  # one sequence after the other: a batch in float64 takes gigabytes
+    for one, its_key, its_value in zip(query.cpu().double(), key, value, strict=True):
+        weights = (one.view(KV_HEADS, GROUP_HEADS, HEAD_SIZE) @ its_key.double().mT * scale).softmax(-1)
+        exact.append((weights @ its_value.double()).flatten(0, 1))
+    turned = rotated if device == "cpu" else functools.partial  # on a GPU the timer flushes the cache
+    dense = tuple(x.bfloat16().to(device) for x in (key, value))  # the peers' keys are the same numbers
+    peers = {
+        name: Variant(turned(functools.partial(run, query), *dense), 0.02, "torch", "bfloat16", _weight_bytes(*dense))
+        for name, run in (("SDPA bf16", _attend), ("SDPA bf16, grouped", _attend_grouped))
+    }
+    ours = turned(lambda c: kv4_attention(query, None, None, c, *rest, scale), cache)
+    variants = {"kernelgraft": Variant(ours, 0.02, backend, "bfloat16", cache.nbytes)} | peers
+    return Prepared(torch.stack(exact), variants)
+
+
+def _kv4_flops(shape: Shape) -> float:
+    return 4.0 * shape["batch"] * shape["context"] * KV_HEADS * GROUP_HEADS * HEAD_SIZE
+
+
+def _kv4_bytes(shape: Shape) -> float:
+    return float(shape["batch"] * shape["context"] * KV_HEADS * kv4_row_bytes(HEAD_SIZE))
+
+
+for _suite in ("cpu", "cuda"):
+    register(
+        Case(
+            "kv4", "kv4_attention", _suite, "SDPA bf16, grouped", CONTEXTS, functools.partial(_prepare_kv4, _suite),
+            _kv4_flops, _kv4_bytes, _suite == "cpu",
+        )
+    )  # fmt: skip

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kernelgraft_core.runtime.op import Op
 
-FAMILIES = ("kernelgraft_core.quant.w4a16", "kernelgraft_core.quant.w3a16", "kernelgraft_core.quant.w4a8")
+FAMILIES = tuple(f"kernelgraft_core.quant.{name}" for name in ("w4a16", "w3a16", "w4a8", "kv4"))
 """Packages with a module ``ops`` that defines ops, and a module ``examples``: ``example_args(device, **sizes)`` gives
 arguments for each op, ``peer(op, args)`` what it is measured against, and ``TUNED`` names those that can be tuned."""
 
@@ -46,7 +46,7 @@ def compare_with_reference(family: str) -> Iterator[Check]:
     """Run every op of a family on every backend that can, and compare with the reference in float64."""
     for op, device, args in _examples(family):
         with forced("reference"):
-            truth = op(*map(_widened, args))
+            truth = _computed(op, tuple(map(_widened, args)))
         for backend, verdict in _explain(op, device, args).items():
             what = f"{op.name} on {device}, backend {backend}"
             if verdict.startswith(BROKEN):
@@ -55,7 +55,7 @@ def compare_with_reference(family: str) -> Iterator[Check]:
                 continue
             try:
                 with forced(backend):
-                    error = relative_error(op(*args), truth)
+                    error = relative_error(_computed(op, args), truth)
             except Exception as trouble:
                 yield Check(what, False, f"{type(trouble).__name__}: {trouble}")
             else:
@@ -94,6 +94,17 @@ def _examples(family: str) -> Iterator[tuple[Op, str, tuple[Any, ...]]]:
             yield registered_ops()[name], device, args
 
 
+def _computed(op: Op, args: tuple[Any, ...]) -> torch.Tensor:
+    """What an op gives, or makes of a copy of the argument that it writes to."""
+    if not op.mutates:
+        out: torch.Tensor = op(*args)
+        return out
+    copies = [value.clone() if place in op.mutates else value for place, value in enumerate(args)]
+    op(*copies)
+    written: torch.Tensor = copies[op.mutates[0]]
+    return written
+
+
 def _widened(value: Any) -> Any:
     """The examples are in bfloat16; everything that is becomes float64."""
     import torch
@@ -106,7 +117,7 @@ def _widened(value: Any) -> Any:
 def relative_error(out: torch.Tensor, truth: torch.Tensor) -> float:
     """Root mean square of the difference, relative to the truth's own."""
     difference = out.double() - truth
-    return float(difference.square().mean().sqrt() / truth.square().mean().sqrt())
+    return float(difference.square().mean().sqrt() / truth.double().square().mean().sqrt())
 
 
 @contextlib.contextmanager

@@ -75,6 +75,13 @@ def test_wrong_results_fail_the_check(add_backend, monkeypatch):
     assert "KERNELGRAFT_BACKEND" not in os.environ
 
 
+def test_an_op_that_writes_to_an_argument_is_checked_by_what_it_writes():
+    checks = {check.what: check for check in families.compare_with_reference("kernelgraft_core.quant.kv4")}
+    for op in ("kv4_append", "kv4_attention"):
+        assert {f"{op} on cpu, backend cpu", f"{op} on cpu, backend reference"} <= checks.keys()
+    assert all(check.ok for check in checks.values()), checks
+
+
 def test_tips_name_what_is_missing_and_what_it_costs(site, monkeypatch):
     monkeypatch.setattr(diagnosis, "installed_version", lambda name: None)
     monkeypatch.setenv("KERNELGRAFT_PLUGINS", "awq,gone")

@@ -59,6 +59,8 @@ class Op:
         fake: shapes, strides and dtypes of the result, for ``torch.compile``; same arguments as the op.
         gradient: ``(backward, setup_context)`` as for ``torch.library.register_autograd``; backward calls other ops, so
             that it has backends of its own. Without it, asking for a gradient raises: backends must not differ in that.
+            An op that writes to an argument, ``Tensor(a!)`` in the schema, has none, and asking does not raise: torch
+            registers no gradient for such ops.
         autocast: arguments that ``torch.autocast`` converts to its dtype, as it does for ``F.linear``; float64 stays.
             Without it the op takes its arguments as they are.
 
@@ -66,7 +68,8 @@ class Op:
     TypeError when an argument is a ``DTensor``, and NotImplementedError for forward-mode gradients.
 
     Raises:
-        ValueError: the schema has defaults or keyword-only arguments, or autocast names no argument of it.
+        ValueError: the schema has defaults or keyword-only arguments, autocast names no argument of it, or an op that
+            writes to an argument is given a gradient.
     """
 
     def __init__(
@@ -85,6 +88,10 @@ class Op:
             )
         if unknown := set(autocast) - set(self._arguments):
             raise ValueError(f"{self.name}: autocast names {sorted(unknown)}, its arguments are {self._arguments}")
+        self.mutates = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+        if self.mutates and gradient is not None:
+            written = [self._arguments[i] for i in self.mutates]
+            raise ValueError(f"{self.name} writes to {written}: it cannot have a gradient")
         self._table: tuple[Implementation, ...] = ()
         self._by_device: dict[tuple[str, str | None], tuple[Implementation, ...]] = {}
         self._lock = threading.Lock()
@@ -98,8 +105,9 @@ class Op:
                 _library.impl(self.name, self._autocast_rule(key, autocast), f"Autocast{key}")
         qualified = f"{NAMESPACE}::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_library)
-        backward, setup_context = gradient or (self._refuse_gradient, None)
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+        if not self.mutates:
+            backward, setup_context = gradient or (self._refuse_gradient, None)
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         _ops[self.name] = self
 

@@ -328,3 +328,18 @@ def test_a_forward_mode_gradient_is_refused_rather_than_dropped():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(NotImplementedError, match=r"w4a16_linear has no forward-mode gradient \(x\)"):
             w4a16_linear(dual, *weight)
+
+
+def test_an_op_that_writes_to_an_argument_is_one_and_has_no_gradient():
+    with pytest.raises(ValueError, match=r"writes to \['x'\]: it cannot have a gradient"):
+        Op(f"{next(_names)}(Tensor(a!) x) -> ()", fake=lambda x: None, gradient=(lambda ctx: None, lambda *_: None))
+    op = Op(f"{next(_names)}(Tensor x, Tensor(a!) y) -> ()", fake=lambda *_: None)
+    op.register(Implementation("reference", lambda x, y: y.add_(x) and None, ("cpu",)))
+    assert op.mutates == (1,)
+    x, y = torch.ones(1, requires_grad=True), torch.zeros(1)
+    op(x, y)
+    assert y.item() == 1
+    compiled = torch.compile(lambda x, y: op(x, y), fullgraph=True, backend="aot_eager")
+    compiled(torch.ones(1), y)
+    assert y.item() == 2
+    del router._ops[op.name]
