@@ -9,6 +9,8 @@ from kernelgraft_core.runtime.patching import Patches
 
 AWQ_METHOD = "kernelgraft_awq"
 """What a user writes after ``--quantization``."""
+QOQ_METHOD = "qoq"
+"""What ``quant_method`` is in the ``config.json`` of a QoQ checkpoint."""
 
 
 def register_awq(patches: Patches) -> None:
@@ -24,19 +26,45 @@ def register_awq(patches: Patches) -> None:
     Raises:
         ImportError: vLLM is not installed or cannot be imported.
     """
+    from .awq import KernelgraftAWQConfig
+
+    _register(patches, AWQ_METHOD, KernelgraftAWQConfig)
+
+
+def register_qoq(patches: Patches) -> None:
+    """Let vLLM serve QoQ checkpoints, method :data:`QOQ_METHOD`, and on a CPU keep keys and values in 4 bits.
+
+    The method is chosen by a checkpoint's ``config.json`` alone; the cache by ``--kv-cache-dtype int4_per_token_head``,
+    for any model. Calling this again changes nothing; undoing is as for :func:`register_awq`.
+
+    Args:
+        patches: receives the changes.
+
+    Raises:
+        ImportError: vLLM is not installed or cannot be imported.
+    """
+    from .qoq import KernelgraftQoQConfig
+
+    if _register(patches, QOQ_METHOD, KernelgraftQoQConfig):
+        from .kv4_selection import select_kv4
+
+        select_kv4(patches)
+
+
+def _register(patches: Patches, method: str, config: type) -> bool:
+    """Add a quantization method; False when it is there already."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
     from vllm.platforms import current_platform
 
-    from .awq import KernelgraftAWQConfig
-
-    if AWQ_METHOD in QUANTIZATION_METHODS:
-        return
-    register_quantization_config(AWQ_METHOD)(KernelgraftAWQConfig)
+    if method in QUANTIZATION_METHODS:
+        return False
+    register_quantization_config(method)(config)
 
     def unregister() -> None:
         # vLLM has no call for this. These two lists are all it looks into before it accepts a name.
         for names in (QUANTIZATION_METHODS, current_platform.supported_quantization):
-            if AWQ_METHOD in names:
-                names.remove(AWQ_METHOD)
+            if method in names:
+                names.remove(method)
 
-    patches.on_undo(f"vLLM quantization method {AWQ_METHOD}", unregister)
+    patches.on_undo(f"vLLM quantization method {method}", unregister)
+    return True

@@ -1,28 +1,22 @@
-"""Which layers of an AutoAWQ checkpoint run on our kernels: the quantization config that vLLM asks.
-
-Only what deciding needs is imported here; vLLM's layers are loaded when it builds a model, so that registering the
-method stays cheap in each of its processes.
-"""
+"""AutoAWQ checkpoints inside vLLM: the quantization config that a user selects."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-
 from . import AWQ_METHOD
+from .packed_config import PackedConfig, skipped_modules
 
 if TYPE_CHECKING:
+    import torch
     from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
     from vllm.model_executor.layers.linear import LinearMethodBase
-    from vllm.model_executor.models.utils import WeightsMapper
 
 _MISSING = object()
 
 
-class KernelgraftAWQConfig(QuantizationConfig):
+class KernelgraftAWQConfig(PackedConfig):
     """An AutoAWQ checkpoint in GEMM layout: 4 bits, asymmetric, one scale and zero point per group and column.
 
     Args:
@@ -31,9 +25,8 @@ class KernelgraftAWQConfig(QuantizationConfig):
     """
 
     def __init__(self, group_size: int, modules_to_not_convert: Sequence[str] = ()) -> None:
-        super().__init__()
+        super().__init__(modules_to_not_convert)
         self.group_size = group_size
-        self.modules_to_not_convert = list(modules_to_not_convert)
 
     def __repr__(self) -> str:
         return (
@@ -42,13 +35,6 @@ class KernelgraftAWQConfig(QuantizationConfig):
 
     def get_name(self) -> str:
         return AWQ_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -83,10 +69,7 @@ class KernelgraftAWQConfig(QuantizationConfig):
             raise ValueError(
                 f"quantization_config has group_size = {group_size!r}; {AWQ_METHOD} supports multiples of 8, and -1"
             )
-        skipped = _first(config, "modules_to_not_convert", default=None) or []
-        if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
-            raise ValueError(f"quantization_config has modules_to_not_convert = {skipped!r}, expected a list of names")
-        return cls(group_size, skipped)
+        return cls(group_size, skipped_modules(config))
 
     @classmethod
     def override_quantization_method(
@@ -96,73 +79,12 @@ class KernelgraftAWQConfig(QuantizationConfig):
         is_awq = str(hf_quant_cfg.get("quant_method", "")).lower() == "awq"
         return AWQ_METHOD if is_awq and user_quant == AWQ_METHOD else None
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Add the layers whose weights in the file are not packed: ``config.json`` lists some, all or none of them."""
-        from vllm.transformers_utils.config import get_safetensors_params_metadata
-
-        kinds: dict[str, set[str]] = {}
-        for name in get_safetensors_params_metadata(model_name, revision=revision):
-            module, _, kind = name.rpartition(".")
-            kinds.setdefault(kind, set()).add(module)
-        found = kinds.get("weight", set()) - kinds.get("qweight", set())
-        self.modules_to_not_convert += sorted(found - set(self.modules_to_not_convert))
-
-    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        self.modules_to_not_convert = hf_to_vllm_mapper.apply_list(self.modules_to_not_convert)
-
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How ``layer`` is computed; None where it is computed as if the model were not quantized.
-
-        Raises:
-            ValueError: only a part of what ``layer`` fuses is quantized.
-            NotImplementedError: ``layer`` holds quantized experts that are not run here; the message says why.
-        """
-        from vllm.model_executor.layers.fused_moe import RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-
-        if isinstance(layer, RoutedExperts):
-            return None if self.leaves_experts(prefix) else self.experts_method(layer, prefix)
-        if not isinstance(layer, LinearBase):
-            return None  # embeddings, the output head and attention
-        return UnquantizedLinearMethod() if self.leaves(prefix) else self.linear_method(prefix)
-
-    def leaves(self, prefix: str) -> bool:
-        """Whether the checkpoint keeps a layer in floating point.
-
-        Whole parts of names are compared: "gate" is the router of a mixture and not "gate_proj".
-
-        Raises:
-            ValueError: that is so for some of the layers that this one fuses.
-        """
-        parent, _, last = prefix.rpartition(".")
-        fused = self.packed_modules_mapping.get(last, [last])
-        found = {name: self._listed(f"{parent}.{name}") for name in fused}
-        if self._listed(prefix) or all(found.values()):
-            return True
-        if any(found.values()):
-            kept = ", ".join(name for name, listed in found.items() if listed)
-            raise ValueError(f"{prefix}: the checkpoint keeps {kept} in floating point, but not all of {fused}")
-        return False
-
-    def leaves_experts(self, prefix: str) -> bool:
-        """Whether the checkpoint keeps the experts at ``prefix`` in floating point: it may list them one by one."""
-        return self._listed(prefix) or any(f".{prefix}." in f".{name}" for name in self.modules_to_not_convert)
-
-    def _listed(self, name: str) -> bool:
-        return any(f".{pattern}." in f".{name}." for pattern in self.modules_to_not_convert)
-
     def linear_method(self, prefix: str) -> LinearMethodBase:
-        """How a linear layer that the checkpoint holds quantized is loaded and computed."""
         from .awq_linear import KernelgraftAWQLinearMethod
 
         return KernelgraftAWQLinearMethod(self.group_size, prefix)
 
     def experts_method(self, layer: torch.nn.Module, prefix: str) -> FusedMoEMethodBase:
-        """How experts that the checkpoint holds quantized are loaded and computed.
-
-        Raises:
-            NotImplementedError: they are not run here; the message says why, and what runs them.
-        """
         from kernelgraft_core.quant.formats.autoawq import Gemm
 
         from .experts import KernelgraftExpertsMethod

