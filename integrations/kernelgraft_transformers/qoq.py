@@ -11,12 +11,19 @@ from kernelgraft_core.quant.w4a8.linear import W4A8Linear
 from kernelgraft_core.runtime.patching import Patches
 
 from .packed_quantizer import PackedConfig, PackedQuantizer
+from .qoq_cache import QoQCache
 
 METHOD = Qoq.label
 CPU_WEIGHTS = ("int4", "int8")
 
 
-def graft(patches: Patches, cpu_weight: str = "int4") -> None:
+class QoqInTransformers:
+    """What ``load_plugin("qoq")`` gives a script to work with."""
+
+    QoQCache = QoQCache
+
+
+def graft(patches: Patches, cpu_weight: str = "int4") -> QoqInTransformers:
     """Make QoQ checkpoints load; all changes are recorded in ``patches``.
 
     Args:
@@ -31,6 +38,7 @@ def graft(patches: Patches, cpu_weight: str = "int4") -> None:
         patches.attr(W4A8Linear, "cpu_weight", cpu_weight)
     patches.item(auto.AUTO_QUANTIZER_MAPPING, METHOD, QoqQuantizer)
     patches.item(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, QoqCheckpointConfig)
+    return QoqInTransformers()
 
 
 class QoqCheckpointConfig(PackedConfig):

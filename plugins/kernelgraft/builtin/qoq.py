@@ -23,7 +23,7 @@ def kernelgraft_info() -> PluginInfo:
 
 
 @hookimpl
-def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
+def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> object:
     unknown = sorted(options.keys() - {"host", "cpu_weight"})
     if unknown:
         raise ValueError(f"plugin 'qoq' has no option {', '.join(map(repr, unknown))}; it takes host and cpu_weight")
@@ -33,10 +33,10 @@ def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
         from kernelgraft_vllm import register_qoq
 
         register_qoq(patches)
-    else:
-        from kernelgraft_transformers.qoq import graft
+        return None
+    from kernelgraft_transformers.qoq import graft
 
-        graft(patches, options.get("cpu_weight", "int4"))
+    return graft(patches, options.get("cpu_weight", "int4"))
 
 
 @hookimpl
