@@ -18,7 +18,7 @@ from kernelgraft_core.quant.weights import QuantizedWeight
 
 
 def float_model(checkpoint: Path) -> Any:
-    """A float32 model of Transformers with the weights of a quantized checkpoint.
+    """A float32 model of Transformers with the weights of a checkpoint, quantized or not.
 
     Raises:
         ValueError: the checkpoint lacks a tensor of the model, or holds one that the model does not know.
@@ -26,6 +26,8 @@ def float_model(checkpoint: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint)
+    if not hasattr(config, "quantization_config"):
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing, unexpected = model.load_state_dict(dict(_float_weights(checkpoint)), strict=False)
