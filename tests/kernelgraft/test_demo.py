@@ -113,6 +113,19 @@ def test_its_numbers_are_those_of_the_checkpoints(finished):
     assert data["host"].startswith("Transformers")
 
 
+def test_qoq_is_measured_and_served_beside_the_original(finished):
+    section = finished["json"]["sections"]["qoq"]
+    data = section["data"]
+    assert list(data["perplexity"]) == ["original", "rtn", "w4a8", "w4a8kv4"]
+    assert len(set(data["perplexity"].values())) == 4
+    assert data["perplexity"]["original"] == finished["json"]["sections"]["awq"]["data"]["perplexity"]["original"]
+    assert data["record"]["recipe"] == "qoq-g64"
+    grafted = [data["serving"][name]["grafted_layers"] for name in ("original", "w4a8", "w4a8kv4")]
+    assert grafted == [0, QUANTIZED_LAYERS, QUANTIZED_LAYERS]
+    assert all(speed > 0 for speed in data["tokens_per_second"].values())
+    assert section["verdict"] in html.unescape(finished["html"])
+
+
 def test_its_perplexity_is_that_of_the_measured_text(finished):
     from transformers import AutoModelForCausalLM
 
@@ -145,7 +158,7 @@ def test_the_page_needs_nothing_but_itself(finished):
     assert "<script" not in page
     assert "<link" not in page
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
-    assert len(sources) == 4
+    assert len(sources) == 5
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert "url(" not in page
 

