@@ -29,11 +29,12 @@ def _fake_quantized(x: Tensor, features: int) -> Quantized:
 
 
 def register_backends(op: Op, module: Any) -> None:
-    """The implementations of ``op`` in ``module``, the reference, and in ``cpu`` beside it. GPUs run the reference."""
+    """The implementations of ``op`` in ``module``, the reference, and in ``cpu`` and ``triton`` beside it."""
     package = module.__name__.rpartition(".")[0]
     op.register(Implementation("reference", getattr(module, op.name), ("cpu", "cuda")))
-    supports, run = (deferred(f"{package}.cpu", name) for name in (f"supports_{op.name}", op.name))
-    op.register(Implementation("cpu", run, ("cpu",), 10, supports))
+    for backend, device in (("cpu", "cpu"), ("triton", "cuda")):
+        supports, run = (deferred(f"{package}.{backend}", name) for name in (f"supports_{op.name}", op.name))
+        op.register(Implementation(backend, run, (device,), 10, supports))
 
 
 QUANTIZE = Op(
