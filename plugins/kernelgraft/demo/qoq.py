@@ -85,7 +85,7 @@ def _serve(context: Context, models: dict[str, Path], host: serving.Host, found:
     with serving.serving(started):
         for name, (method, cache) in SERVED.items():
             with step(f"Starting {host.name}, {NAMES[name]}"):
-                log = context.logs / f"serve-{name}.log"
+                log = context.logs / f"serve-qoq-{name}.log"
                 servers[name] = serving.Server(host.engine, models[name], log, method, cache)
                 started.append(servers[name])
         with step("Asking all"):
