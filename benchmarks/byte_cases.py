@@ -14,10 +14,8 @@ from kernelgraft_core.quant.w4a8 import W4A8Weight, w4a8_linear
 from kernelgraft_core.quant.w8a8 import w8a8_linear
 from kernelgraft_core.runtime.timing import rotated
 
-from .cases import Case, Prepared, Shape, Variant, register, require_backend
+from .cases import GROUP, TOKENS, Case, Prepared, Shape, Variant, linear_flops, register, require_backend
 
-GROUP = 128
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 EIGHT_BITS = 0.02  # of error that rounding activations to 8 bits brings
 
 
@@ -86,10 +84,6 @@ def _prepare(group: int, shape: Shape) -> Prepared:
     return Prepared(x.double() @ exact.T, variants)
 
 
-def _flops(shape: Shape) -> float:
-    return 2.0 * shape["m"] * shape["n"] * shape["k"]
-
-
 def _bytes(group: int, shape: Shape) -> float:
     m, n, k = shape["m"], shape["n"], shape["k"]
     return n * k / 2 + 2 * n + (n if group == -1 else 2 * n * k / group) + 2 * m * (n + k)
@@ -108,7 +102,7 @@ for _name, _group in (("w4a8", GROUP), ("w4a8_channel", -1)):
             "F.linear bf16",
             _SHAPES,
             functools.partial(_prepare, _group),
-            _flops,
+            linear_flops,
             functools.partial(_bytes, _group),
             rotates=True,
         )

@@ -235,7 +235,7 @@ def _prepare_packed_cuda(bits: int, shape: Shape) -> Prepared:
     return Prepared(x.half().double() @ exact.T, variants)
 
 
-def _packed_flops(shape: Shape) -> float:
+def linear_flops(shape: Shape) -> float:
     return 2.0 * shape["m"] * shape["n"] * shape["k"]
 
 
@@ -258,7 +258,7 @@ for _bits in (4, 3):
                 _peer,
                 _LAYERS,
                 functools.partial(_prepare, _bits),
-                _packed_flops,
+                linear_flops,
                 functools.partial(_packed_bytes, _bits),
                 rotates=_suite == "cpu",
             )

@@ -15,26 +15,12 @@ Exit status: 0 measured, 1 an engine cannot run or does not use the layers it sh
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
-from kernelgraft_core.runtime.timing import environment
-
-from .checkpoints import float_model
-from .vllm_engines import (
-    Engine,
-    EngineError,
-    Variant,
-    add_options,
-    errors,
-    in_turns,
-    quantized_smollm2,
-    read_options,
-    running,
-    summary,
-    write_results,
-)
+from .vllm_engines import Engine, Variant, add_options, errors, in_turns, quantized_smollm2, run, summary
 
 OURS, THEIRS = "kernelgraft_awq", "awq"
 LAYERS = {OURS: "KernelgraftAWQLinearMethod", THEIRS: "CPUWNA16LinearKernel"}
@@ -65,12 +51,19 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(engines: dict[str, Engine], exact: Any, batch: int, rounds: int) -> dict[str, Any]:
+def find_variants(model: Path | None) -> list[Variant]:
+    """What is compared; quantizes SmolLM2 where no model is given and that has not been done."""
+    # Speed does not depend on how the weights were chosen.
+    directory = str(model or quantized_smollm2("rtn", "--group-size 64 --samples 2 --seqlen 64"))
+    return [Variant(method, directory, layer, quantization=method) for method, layer in LAYERS.items()]
+
+
+def measure(rounds: int, engines: dict[str, Engine], exact: dict[str, Any], batch: int) -> dict[str, Any]:
     """One result: what both wrote, and tokens per second of both, in turns."""
     written = {method: engine.ask(batch=batch, logprobs=True) for method, engine in engines.items()}
     samples = in_turns(engines, batch, rounds)
     result: dict[str, Any] = {"batch": batch, "rounds": rounds, "compared": compare(written[OURS], written[THEIRS])}
-    result["logprob_errors"] = {method: errors(exact, answer) for method, answer in written.items()}
+    result["logprob_errors"] = {method: errors(exact[method], answer) for method, answer in written.items()}
     result["text"] = {method: answer["text"][0] for method, answer in written.items()}
     result["tokens_per_second"] = {method: summary(taken) for method, taken in samples.items()}
     medians = [result["tokens_per_second"][method]["p50"] for method in (OURS, THEIRS)]
@@ -85,30 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="directory of an AutoAWQ checkpoint; default: SmolLM2-135M")
     add_options(parser)
     given = parser.parse_args(arguments)
-    try:
-        batches, settings = read_options(given)
-    except ValueError as error:
-        print(f"benchmarks.vllm_awq: {error}", file=sys.stderr)
-        return 2
-    # Speed does not depend on how the weights were chosen.
-    model = given.model or quantized_smollm2("rtn", "--group-size 64 --samples 2 --seqlen 64")
-    env = environment()
-    variants = [Variant(method, str(model), layer, quantization=method) for method, layer in LAYERS.items()]
-    try:
-        with running(variants, settings) as engines:
-            exact, results = float_model(model), []
-            for batch in batches:
-                results.append(measure(engines, exact, batch, given.rounds))
-                print(_row(results[-1]), flush=True)
-            if given.out:
-                write_results("vllm_awq", env, settings, variants, engines, results, given.out)
-    except (EngineError, ValueError) as error:
-        print(f"benchmarks.vllm_awq: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run("vllm_awq", given, lambda: find_variants(given.model), functools.partial(measure, given.rounds), _row)
 
 
-def _row(result: dict[str, Any]) -> str:
+def _row(result: dict[str, Any], engines: dict[str, Engine]) -> str:
     speeds = ", ".join(
         f"{method} {times['p50']:.1f} (p20 {times['p20']:.1f}, p80 {times['p80']:.1f})"
         for method, times in result["tokens_per_second"].items()

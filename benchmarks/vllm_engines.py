@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from kernelgraft_core.runtime.plans import cache_directory
-from kernelgraft_core.runtime.timing import Times
+from kernelgraft_core.runtime.timing import Times, environment
 
+from .checkpoints import float_model
 from .run import write_json
 
 TOP = 5  # log-probabilities that are given at each position
@@ -269,6 +270,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="decoded for each prompt in a round")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as vLLM does by default; starts slowly")
     parser.add_argument("--out", type=Path, help="JSON file; without it only the table is printed")
+
+
+def run(
+    benchmark: str,
+    given: argparse.Namespace,
+    find_variants: Callable[[], list[Variant]],
+    measure: Callable[[dict[str, Engine], dict[str, Any], int], dict[str, Any]],
+    describe: Callable[[dict[str, Any], dict[str, Engine]], str],
+) -> int:
+    """What the benchmark does once its arguments are parsed; the exit status.
+
+    Args:
+        measure: engines, the float32 model of each by name, and the batch, to one result.
+        describe: what is printed of it.
+    """
+    try:
+        batches, settings = read_options(given)
+    except ValueError as error:
+        print(f"benchmarks.{benchmark}: {error}", file=sys.stderr)
+        return 2
+    env, variants, results = environment(), find_variants(), []
+    try:
+        with running(variants, settings) as engines:
+            models = {path: float_model(Path(path)) for path in {variant.model for variant in variants}}
+            exact = {variant.name: models[variant.model] for variant in variants}
+            for batch in batches:
+                results.append(measure(engines, exact, batch))
+                print(describe(results[-1], engines), flush=True)
+            if given.out:
+                write_results(benchmark, env, settings, variants, engines, results, given.out)
+    except (EngineError, ValueError) as error:
+        print(f"benchmarks.{benchmark}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def read_options(given: argparse.Namespace) -> tuple[list[int], Settings]:

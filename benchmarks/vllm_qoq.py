@@ -15,27 +15,13 @@ Exit status: 0 measured, 1 an engine cannot run or does not use the layers it sh
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 from kernelgraft_core.runtime.plans import cache_directory
-from kernelgraft_core.runtime.timing import environment
 
-from .checkpoints import float_model
-from .vllm_engines import (
-    Engine,
-    EngineError,
-    Variant,
-    add_options,
-    errors,
-    in_turns,
-    quantized_smollm2,
-    read_options,
-    running,
-    summary,
-    write_results,
-)
+from .vllm_engines import Engine, Variant, add_options, errors, in_turns, quantized_smollm2, run, summary
 
 STOCK, AWQ, QOQ, QOQ_KV4 = "bf16", "awq", "qoq", "qoq, KV4"
 
@@ -55,7 +41,7 @@ def find_variants() -> list[Variant]:
     ]
 
 
-def measure(engines: dict[str, Engine], exact: dict[str, Any], batch: int, rounds: int) -> dict[str, Any]:
+def measure(rounds: int, engines: dict[str, Engine], exact: dict[str, Any], batch: int) -> dict[str, Any]:
     """One result: how exact each engine is, and tokens per second of all, in turns."""
     written = {name: engine.ask(batch=batch, logprobs=True) for name, engine in engines.items()}
     speeds = {name: summary(taken) for name, taken in in_turns(engines, batch, rounds).items()}
@@ -78,25 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_options(parser)
     given = parser.parse_args(arguments)
-    try:
-        batches, settings = read_options(given)
-    except ValueError as error:
-        print(f"benchmarks.vllm_qoq: {error}", file=sys.stderr)
-        return 2
-    env, variants, results = environment(), find_variants(), []
-    try:
-        with running(variants, settings) as engines:
-            models = {variant.model: float_model(Path(variant.model)) for variant in variants}
-            exact = {variant.name: models[variant.model] for variant in variants}
-            for batch in batches:
-                results.append(measure(engines, exact, batch, given.rounds))
-                print(_table(results[-1], engines), flush=True)
-            if given.out:
-                write_results("vllm_qoq", env, settings, variants, engines, results, given.out)
-    except (EngineError, ValueError) as error:
-        print(f"benchmarks.vllm_qoq: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run("vllm_qoq", given, find_variants, functools.partial(measure, given.rounds), _table)
 
 
 def _table(result: dict[str, Any], engines: dict[str, Engine]) -> str:

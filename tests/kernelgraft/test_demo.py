@@ -178,7 +178,7 @@ def test_a_host_that_fails_costs_its_part_only(finished, tmp_path, monkeypatch, 
     kept = finished["out"] / "models/awq"
     record = json.loads((kept / "awq/kernelgraft.json").read_text())
     quality = awq.Quality(perplexity, 256, {"awq": record, "rtn": record})
-    monkeypatch.setattr(awq, "_serve", refuse)
+    monkeypatch.setattr(serving, "serve", refuse)
     monkeypatch.setattr(
         awq, "_measure_quality", lambda context, models: models.update(rtn=kept / "rtn", awq=kept / "awq") or quality
     )

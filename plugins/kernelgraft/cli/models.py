@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from kernelgraft.builtin import PLUGIN_OF_METHOD
+
 from .builtin_text import BUILT_IN_TEXT, built_in_halves
 from .console import console, count_bytes, escape, table
-
-PLUGINS = {"awq": "awq", "kernelgraft_awq": "awq", "qoq": "qoq"}
-"""Which plugin loads a checkpoint, by its ``quant_method``."""
 
 
 def quantize(
@@ -193,8 +192,8 @@ def ppl(
         raise typer.BadParameter(f"{dtype!r} is not float32, bfloat16, float16 or auto", param_hint="--dtype")
     content = built_in_halves()[1] if text is None else read_text(text)
     method = quantization_method(model)
-    if method in PLUGINS:
-        kernelgraft.load_plugin(PLUGINS[method])
+    if method in PLUGIN_OF_METHOD:
+        kernelgraft.load_plugin(PLUGIN_OF_METHOD[method])
     loaded = load_model(model, dtype)
     tokens = encode(AutoTokenizer.from_pretrained(model), content)
     with Progress(console=console(stderr=True), transient=True) as progress:

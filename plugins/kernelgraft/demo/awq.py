@@ -11,10 +11,8 @@ from kernelgraft.cli.console import count_bytes
 
 from . import plots, serving
 from .models import load, materialize, measure_perplexity, quantize
-from .sections import Context, Dialogue, Figure, Section, SectionResult, Table
+from .sections import Context, Figure, Section, SectionResult, Table
 
-QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
-ANSWER_TOKENS = 64
 ROUNDING_SAMPLES = 2  # plain rounding learns nothing from them; they only tell its error
 SERVED = ("original", "awq")
 NAMES = {"original": "original", "rtn": "rounded to nearest", "awq": "AWQ"}
@@ -36,16 +34,6 @@ class Quality:
         return (rounded - awq) / (rounded - original) if rounded > original else None
 
 
-@dataclass(frozen=True)
-class Serving:
-    """What the two served models answered, how fast they were and how much they needed, by model."""
-
-    host: serving.Host
-    facts: dict[str, dict[str, Any]]
-    speeds: dict[str, float]
-    dialogues: tuple[Dialogue, ...]
-
-
 def run(context: Context) -> SectionResult:
     import kernelgraft
 
@@ -59,7 +47,11 @@ def run(context: Context) -> SectionResult:
     failures: tuple[str, ...] = ()
     served = None
     try:
-        served = _serve(context, models, host)
+        candidates = {
+            "original": serving.Candidate(NAMES["original"], original),
+            "awq": serving.Candidate(NAMES["awq"], models["awq"], "kernelgraft_awq"),
+        }
+        served = serving.serve(context, host, candidates, "serve")
     except serving.ServingError as error:
         failures = (str(error),)
     return _summarize(context, models, host, quality, served, failures)
@@ -90,35 +82,12 @@ def _measure_quality(context: Context, models: dict[str, Path]) -> Quality:
     return Quality(found, windows * effort.length, records)
 
 
-def _serve(context: Context, models: dict[str, Path], host: serving.Host) -> Serving:
-    step, effort = context.steps.step, context.effort
-    servers: dict[str, serving.Server] = {}
-    started: list[serving.Server] = []
-    with serving.serving(started):
-        for name in SERVED:
-            method = "kernelgraft_awq" if name == "awq" else None
-            with step(f"Starting {host.name}, {NAMES[name]}"):
-                log = context.logs / f"serve-{name}.log"
-                servers[name] = serving.Server(host.engine, models[name], log, method)
-                started.append(servers[name])
-        with step("Asking both"):
-            dialogues = tuple(
-                Dialogue(q, {NAMES[n]: server.ask(q, ANSWER_TOKENS)["text"] for n, server in servers.items()})
-                for q in QUESTIONS
-            )
-        with step("Measuring their speed in turns"):
-            speeds = serving.tokens_per_second(servers, QUESTIONS[0], effort.new_tokens, effort.rounds)
-        for server in started:
-            server.close()
-    return Serving(host, {name: server.facts for name, server in servers.items()}, speeds, dialogues)
-
-
 def _summarize(
     context: Context,
     models: dict[str, Path],
     host: serving.Host,
     quality: Quality,
-    served: Serving | None,
+    served: serving.Served | None,
     failures: tuple[str, ...],
 ) -> SectionResult:
     from kernelgraft_transformers.checkpoint import describe
@@ -147,7 +116,7 @@ def _summarize(
     )
 
 
-def _verdict(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> str:
+def _verdict(quality: Quality, served: serving.Served | None, sizes: dict[str, int]) -> str:
     found = quality.perplexity
     parts = [
         f"In 4 bits the model takes {sizes['original'] / sizes['awq']:.1f} times less space on disk",
@@ -160,7 +129,7 @@ def _verdict(quality: Quality, served: Serving | None, sizes: dict[str, int]) ->
     return ", ".join(parts) + "."
 
 
-def _table(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> Table:
+def _table(quality: Quality, served: serving.Served | None, sizes: dict[str, int]) -> Table:
     rows: list[tuple[str, ...]] = [
         ("perplexity", *(f"{quality.perplexity[name]:.3f}" for name in NAMES)),
         ("gap closed", "–", "0%", "–" if quality.closed is None else f"{quality.closed:.0%}"),
@@ -181,7 +150,7 @@ def _table(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> T
     return Table(("", *NAMES.values()), tuple(rows))
 
 
-def _figures(quality: Quality, served: Serving | None, sizes: dict[str, int]) -> tuple[Figure, ...]:
+def _figures(quality: Quality, served: serving.Served | None, sizes: dict[str, int]) -> tuple[Figure, ...]:
     record = quality.records["awq"]
 
     def named(values: dict[str, float]) -> dict[str, float]:
@@ -236,7 +205,7 @@ def _figures(quality: Quality, served: Serving | None, sizes: dict[str, int]) ->
     return tuple(figures)
 
 
-def _notes(context: Context, host: serving.Host, quality: Quality, served: Serving | None) -> tuple[str, ...]:
+def _notes(context: Context, host: serving.Host, quality: Quality, served: serving.Served | None) -> tuple[str, ...]:
     record = quality.records["awq"]
     notes = [
         f"Perplexity is measured in float32 over {quality.tokens} tokens of {context.measured.name}, in windows of "

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kernelgraft.cli.console import count_bytes
 
 from . import plots, serving
-from .awq import ANSWER_TOKENS, QUESTIONS, ROUNDING_SAMPLES
+from .awq import ROUNDING_SAMPLES
 from .models import load, materialize, measure_perplexity, quantize
-from .sections import Context, Dialogue, Figure, Section, SectionResult, Table
+from .sections import Context, Figure, Section, SectionResult, Table
 from .worker import FOUR_BITS
 
 NAMES = {"original": "original", "rtn": "rounded to nearest", "w4a8": "QoQ, W4A8", "w4a8kv4": "QoQ, W4A8KV4"}
@@ -28,9 +28,7 @@ class Found:
     perplexity: dict[str, float]
     tokens: int
     record: dict[str, Any]
-    facts: dict[str, dict[str, Any]] | None = None
-    speeds: dict[str, float] | None = None
-    dialogues: tuple[Dialogue, ...] = ()
+    served: serving.Served | None = None
 
 
 def run(context: Context) -> SectionResult:
@@ -44,8 +42,11 @@ def run(context: Context) -> SectionResult:
     models["w4a8kv4"] = models["w4a8"]
     found = _measure_quality(context, models)
     failures: tuple[str, ...] = ()
+    candidates = {
+        name: serving.Candidate(NAMES[name], models[name], method, cache) for name, (method, cache) in SERVED.items()
+    }
     try:
-        found = _serve(context, models, host, found)
+        found = replace(found, served=serving.serve(context, host, candidates, "serve-qoq"))
     except serving.ServingError as error:
         failures = (str(error),)
     return _summarize(context, models, host, found, failures)
@@ -78,40 +79,17 @@ def _measure_quality(context: Context, models: dict[str, Path]) -> Found:
     return Found(found, min(effort.windows, len(tokens) // effort.length) * effort.length, record)
 
 
-def _serve(context: Context, models: dict[str, Path], host: serving.Host, found: Found) -> Found:
-    step, effort = context.steps.step, context.effort
-    servers: dict[str, serving.Server] = {}
-    started: list[serving.Server] = []
-    with serving.serving(started):
-        for name, (method, cache) in SERVED.items():
-            with step(f"Starting {host.name}, {NAMES[name]}"):
-                log = context.logs / f"serve-qoq-{name}.log"
-                servers[name] = serving.Server(host.engine, models[name], log, method, cache)
-                started.append(servers[name])
-        with step("Asking all"):
-            dialogues = tuple(
-                Dialogue(q, {NAMES[n]: server.ask(q, ANSWER_TOKENS)["text"] for n, server in servers.items()})
-                for q in QUESTIONS
-            )
-        with step("Measuring their speed in turns"):
-            speeds = serving.tokens_per_second(servers, QUESTIONS[0], effort.new_tokens, effort.rounds)
-        for server in started:
-            server.close()
-    facts = {name: server.facts for name, server in servers.items()}
-    return Found(found.perplexity, found.tokens, found.record, facts, speeds, dialogues)
-
-
 def _summarize(
     context: Context, models: dict[str, Path], host: serving.Host, found: Found, failures: tuple[str, ...]
 ) -> SectionResult:
     from kernelgraft_transformers.checkpoint import describe
 
-    sizes = {name: describe(path)["bytes"] for name, path in models.items()}
+    sizes, served = {name: describe(path)["bytes"] for name, path in models.items()}, found.served
     return SectionResult(
         verdict=_verdict(found, sizes),
         table=_table(found, sizes),
         figures=_figures(found),
-        dialogues=found.dialogues,
+        dialogues=served.dialogues if served else (),
         notes=_notes(context, host, found),
         commands=_commands(context, models, found),
         failures=failures,
@@ -120,9 +98,9 @@ def _summarize(
             "perplexity_tokens": found.tokens,
             "file_bytes": sizes,
             "host": host.name,
-            "tokens_per_second": found.speeds,
-            "serving": found.facts,
-            "dialogues": [{"question": d.question, "answers": d.answers} for d in found.dialogues],
+            "tokens_per_second": served.speeds if served else None,
+            "serving": served.facts if served else None,
+            "dialogues": [{"question": d.question, "answers": d.answers} for d in served.dialogues] if served else [],
             "record": found.record,
         },
     )
@@ -130,9 +108,10 @@ def _summarize(
 
 def _capacity(found: Found) -> float | None:
     """How many times as many tokens a 4-bit cache holds; None where the host does not say."""
-    if found.facts is None or "cached_tokens" not in found.facts["original"]:
+    if found.served is None or "cached_tokens" not in found.served.facts["original"]:
         return None
-    return float(found.facts["w4a8kv4"]["cached_tokens"] / found.facts["original"]["cached_tokens"])
+    facts = found.served.facts
+    return float(facts["w4a8kv4"]["cached_tokens"] / facts["original"]["cached_tokens"])
 
 
 def _verdict(found: Found, sizes: dict[str, int]) -> str:
@@ -142,8 +121,8 @@ def _verdict(found: Found, sizes: dict[str, int]) -> str:
         f"weights alone rounded to nearest give {values['rtn']:.2f}",
         f"it takes {sizes['original'] / sizes['w4a8']:.1f} times less space on disk",
     ]
-    if found.speeds:
-        ratio = found.speeds["w4a8"] / found.speeds["original"]
+    if found.served:
+        ratio = found.served.speeds["w4a8"] / found.served.speeds["original"]
         parts.append(f"it decodes at {ratio:.2f} times the original's speed")
     if capacity := _capacity(found):
         parts.append(f"and a cache of the same size holds {capacity:.1f} times as many tokens")
@@ -155,8 +134,8 @@ def _table(found: Found, sizes: dict[str, int]) -> Table:
         ("perplexity", *(f"{found.perplexity[name]:.3f}" for name in NAMES)),
         ("file", *(count_bytes(sizes[name]) for name in NAMES)),
     ]
-    if found.facts and found.speeds:
-        facts, speeds = found.facts, found.speeds
+    if found.served:
+        facts, speeds = found.served.facts, found.served.speeds
 
         def row(title: str, values: dict[str, str]) -> None:
             rows.append((title, *(values.get(name, "–") for name in NAMES)))
@@ -187,10 +166,10 @@ def _notes(context: Context, host: serving.Host, found: Found) -> tuple[str, ...
     ]
     if host.reason:
         notes.append(f"Served by {host.name}: {host.reason}.")
-    if found.facts:
+    if found.served:
         notes.append(
-            f"{found.facts['w4a8']['grafted_layers']} layers of the quantized model ran on kernelgraft in {host.name}; "
-            "the three were timed in turns, one short request at a time, which is where a 4-bit cache gains nothing."
+            f"{found.served.facts['w4a8']['grafted_layers']} layers of the quantized model ran on kernelgraft in "
+            f"{host.name}; the three were timed in turns, one short request at a time, where a 4-bit cache gains nothing."
         )
     return tuple(notes)
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +17,10 @@ from kernelgraft.errors import KernelgraftError
 from kernelgraft.hookspecs import HostRequirement
 from kernelgraft.hosts import inspect_host
 
+from .sections import Context, Dialogue
+
+QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
+ANSWER_TOKENS = 64
 TIMEOUT_S = 600  # for one answer; a start or a first compilation on a busy machine takes a minute
 ENGINES = ("auto", "vllm", "transformers")
 
@@ -145,14 +148,55 @@ class Server:
         return answer
 
 
-@contextlib.contextmanager
-def serving(servers: list[Server]) -> Iterator[None]:
-    """At the end none of the processes is left, whatever happened; ``servers`` may grow inside."""
-    try:
-        yield
-    finally:
-        for server in servers:
-            server.kill()
+@dataclass(frozen=True)
+class Candidate:
+    """A model to serve: ``title`` for the reader, its directory, and the types of weights and cache for the host."""
+
+    title: str
+    model: Path
+    quantization: str | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What served models said of themselves, how many tokens they decode in a second, and what they answered."""
+
+    facts: dict[str, dict[str, Any]]
+    speeds: dict[str, float]
+    dialogues: tuple[Dialogue, ...]
+
+
+def serve(context: Context, host: Host, candidates: dict[str, Candidate], log: str) -> Served:
+    """All of them at the same time, each in a process of its own; ``log`` begins the names of their logs.
+
+    Raises:
+        ServingError: one of them failed. No process is left.
+    """
+    step, effort = context.steps.step, context.effort
+    servers: dict[str, Server] = {}
+    with contextlib.ExitStack() as stack:
+        for name, candidate in candidates.items():
+            with step(f"Starting {host.name}, {candidate.title}"):
+                server = Server(
+                    host.engine,
+                    candidate.model,
+                    context.logs / f"{log}-{name}.log",
+                    candidate.quantization,
+                    candidate.cache,
+                )
+                stack.callback(server.kill)
+                servers[name] = server
+        with step("Asking all"):
+            dialogues = tuple(
+                Dialogue(q, {candidates[n].title: s.ask(q, ANSWER_TOKENS)["text"] for n, s in servers.items()})
+                for q in QUESTIONS
+            )
+        with step("Measuring their speed in turns"):
+            speeds = tokens_per_second(servers, QUESTIONS[0], effort.new_tokens, effort.rounds)
+        for server in servers.values():
+            server.close()
+    return Served({name: server.facts for name, server in servers.items()}, speeds, dialogues)
 
 
 def tokens_per_second(servers: dict[str, Server], question: str, tokens: int, rounds: int) -> dict[str, float]:

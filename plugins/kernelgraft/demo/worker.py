@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-PLUGINS = {"kernelgraft_awq": "awq", "qoq": "qoq"}
-"""Which plugin grafts a quantization method of vLLM onto Transformers."""
+from kernelgraft.builtin import PLUGIN_OF_METHOD
+
 FOUR_BITS = "int4_per_token_head"
 
 
@@ -40,7 +40,7 @@ class TransformersEngine:
 
         self._cache: Any = None
         if quantization:
-            plugin = kernelgraft.load_plugin(PLUGINS[quantization], host="transformers")
+            plugin = kernelgraft.load_plugin(PLUGIN_OF_METHOD[quantization], host="transformers")
             self._cache = plugin.QoQCache if cache == FOUR_BITS else None
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(self._device).eval()
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--quantization", choices=PLUGINS, help="the method to name to vLLM")
+    parser.add_argument("--quantization", choices=("kernelgraft_awq", "qoq"), help="the method to name to vLLM")
     parser.add_argument("--cache", choices=(FOUR_BITS,), help="the type of the key-value cache, as vLLM calls it")
     parser.add_argument("--context", type=int, default=1024)
     options = parser.parse_args()

@@ -127,6 +127,30 @@ def be_rank(monkeypatch):
     return pretend
 
 
+@pytest.fixture(scope="session")
+def assert_one_op() -> Callable[[torch.nn.Module, int, Any], None]:
+    """``assert_one_op(layer, k, op)``: torch.compile sees nothing but ``op``, for any number of tokens."""
+
+    def check(layer: torch.nn.Module, k: int, op: Any) -> None:
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+            return graph
+
+        compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend=backend)
+        for tokens in (4, 9, 33):
+            x = torch.randn(tokens, k)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch.testing.assert_close(compiled(x), layer(x)[0])
+        assert graphs == [[op]]
+
+        traced = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(traced(x), layer(x)[0])
+
+    return check
+
+
 @dataclass(frozen=True)
 class TinyLlama:
     """A random model as a quantized checkpoint, and dequantized in float32. Its words are t0, t1, ... t255."""

@@ -171,26 +171,12 @@ def test_after_loading_only_plain_parameters_of_the_kernels_are_left(be_rank, qo
 
 
 @pytest.mark.parametrize("group", [64, -1])
-def test_compiles_to_one_opaque_op_for_any_number_of_tokens(be_rank, qoq_layer, group):
+def test_compiles_to_one_opaque_op_for_any_number_of_tokens(be_rank, assert_one_op, qoq_layer, group):
     layer = linear.ColumnParallelLinear(K, 32, **options(group) | {"bias": True})
     load(layer, qoq_layer(K, 32, group))
     layer.bias.data.normal_()
     layer.quant_method.process_weights_after_loading(layer)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
-        return graph
-
-    compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend=backend)
-    for tokens in (4, 9, 33):
-        x = torch.randn(tokens, K)
-        torch._dynamo.mark_dynamic(x, 0)
-        torch.testing.assert_close(compiled(x), layer(x)[0])
-    assert graphs == [[torch.ops.kernelgraft.w4a8_linear.default]]
-
-    traced = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(traced(x), layer(x)[0])
+    assert_one_op(layer, K, torch.ops.kernelgraft.w4a8_linear.default)
 
 
 def test_a_shard_that_cuts_a_group_is_refused_with_layer_and_sizes(be_rank):

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.device import arch_key
+from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.plans import PLANS
 from kernelgraft_core.runtime.timing import measure_us
 
 from . import cpu_aten, cpu_integer, reference
 from .weight import PackedWeight
-
-log = logging.getLogger("kernelgraft")
 
 VERSION = 3  # of the paths; a new version makes stored plans void
 LARGEST_BUCKET = 512  # tokens; beyond, the choice stays what it is there
@@ -112,12 +110,12 @@ def _possible_paths(
     if not has_numba:
         by_aten = cpu_aten.unsupported(bits, n, group, dtype) is None
         instead = "runs on PyTorch's int4 kernel and keeps a second copy of the weight"
-        _say_once(f"numba is not installed: W{bits}A16 {instead if bits == 4 else 'is dequantized block by block'}")
+        warn_once(f"numba is not installed: W{bits}A16 {instead if bits == 4 else 'is dequantized block by block'}")
         if not by_aten:
             return ("dequantize",)
         return ("int4pack", "dequantize") if tokens <= 16 else ("dequantize", "int4pack")
     if n < cpu_integer.LEAST_ROWS or cpu_integer.block_shape(group, k) is None:
-        _say_once(
+        warn_once(
             f"W{bits}A16 with N = {n}, K = {k} and group size {group} is dequantized block by block: "
             f"the integer kernel takes N >= {cpu_integer.LEAST_ROWS} and groups of 32 or multiples of 64"
         )
@@ -175,11 +173,6 @@ def _by_table(group: int) -> bool:
     from . import cpu_halves, cpu_vectors
 
     return cpu_halves.unsupported(cpu_vectors.instruction_set(), group) is None
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.warning("%s", message)
 
 
 def _blocks(weight: PackedWeight) -> list[tuple[int, int]]:

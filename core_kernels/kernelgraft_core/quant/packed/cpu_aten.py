@@ -5,15 +5,14 @@ It needs a packed copy of the weight, which is made at the first call and lives 
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 
+from kernelgraft_core.runtime.derived import Derived
+
 from .weight import PackedWeight
 
-# Keyed by identity: tensors compare elementwise.
-_copies: dict[int, tuple[int, Tensor]] = {}
+_copies: Derived[Tensor] = Derived()
 
 
 def unsupported(bits: int, n: int, group: int, dtype: torch.dtype) -> str | None:
@@ -29,15 +28,12 @@ def unsupported(bits: int, n: int, group: int, dtype: torch.dtype) -> str | None
 
 def product(x: Tensor, weight: PackedWeight) -> Tensor:
     """``x @ W.T`` of ``(M, K)``, with scales and zero points rounded to the type of ``x``."""
-    words = weight.qweight
-    key, version = id(words), 0 if words.is_inference() else words._version
-    if _copies.get(key, (-1, None))[0] != version:
-        if key not in _copies:
-            weakref.finalize(words, _copies.pop, key, None)
-        _copies[key] = version, torch._convert_weight_to_int4pack_for_cpu(weight.integers().to(torch.int32), 1)
+    packed = _copies.of(
+        (weight.qweight,), lambda: torch._convert_weight_to_int4pack_for_cpu(weight.integers().to(torch.int32), 1)
+    )
     # Scales are put together anew each time: they may be other ones, and there are few. PyTorch's kernel computes
     # (q - 8) * scale + zero.
     scales = weight.scales.float()
     shifts = (8 - weight.zeros.float()) * scales
     both = torch.stack((scales.T, shifts.T), -1).to(x.dtype).contiguous()
-    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), _copies[key][1], weight.group_size, both)
+    return torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, weight.group_size, both)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_products, reference
+from .cpu_onednn import Packed
 from .cpu_panels import GROUPS, NIBBLES, Panels
 from .reference import Quantized
 from .weight import W4A8Weight
@@ -35,11 +36,8 @@ def w4a8_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight = qweight, scale, group_scale, group_zero, zero
-    panels = _panels(*weight)
-    if panels is None:
-        return cpu_products.onednn_matmul(q, x_scale, weight, W4A8Weight(*weight).int8, scale, bias, dtype)
-    return cpu_products.matmul(q, x_scale, x_sums, panels, bias, dtype)
+    weight = _weight(qweight, scale, group_scale, group_zero, zero)
+    return cpu_products.matmul(q, x_scale, x_sums, weight, bias, dtype)
 
 
 def w4a8_linear(
@@ -51,20 +49,15 @@ def w4a8_linear(
     zero: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    weight = qweight, scale, group_scale, group_zero, zero
-    panels = _panels(*weight)
-    if panels is None:
-        q, x_scale, _ = cpu_products.quantize(x)
-        return cpu_products.onednn_matmul(q, x_scale, weight, W4A8Weight(*weight).int8, scale, bias, x.dtype)
-    return cpu_products.linear(x, panels, bias)
+    return cpu_products.linear(x, _weight(qweight, scale, group_scale, group_zero, zero), bias)
 
 
-def _panels(
+def _weight(
     qweight: Tensor, scale: Tensor, group_scale: Tensor | None, group_zero: Tensor | None, zero: Tensor | None
-) -> Panels | None:
+) -> Panels | Packed:
     if qweight.dim() == 2:
         weight = qweight, scale, group_scale, group_zero, zero
-        return cpu_products.panels(weight, W4A8Weight(*weight).int8, scale)
+        return cpu_products.as_bytes(weight, W4A8Weight(*weight).int8, scale)
     n, where = scale.shape[0], (qweight.data_ptr(), scale.data_ptr())
     if group_scale is None or group_zero is None:
         assert zero is not None

@@ -51,34 +51,33 @@ def quantize(x: Tensor) -> Quantized:
 
 def linear(x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias``: contiguous ``(..., K)`` of a type in KINDS, not empty, to ``(..., N)``."""
-    *lead, k = x.shape
-    tokens, n = x.numel() // k, weight.rows
-    call = _call(tokens, n, k, weight.form, weight.groups, True)
-    out = torch.empty((*lead, n), dtype=x.dtype)
-    memory, address = SCRATCH.reserve(call.scratch)
-    biased = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
-    kind = KINDS[x.dtype]
-    call.launch(
-        tokens, k, call.padded, n, *weight.addresses, x.data_ptr(), kind, 0, address, address + call.sums,
-        *call.at(address), out.data_ptr(), kind, *biased,
-    )  # fmt: skip
-    del memory  # not before the launch is done
-    return out
+    return _run(x, None, weight, bias, x.dtype)
 
 
 def matmul(
     q: Tensor, x_scale: Tensor, x_sums: Tensor, weight: Panels, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The same for activations that are quantized already; all contiguous."""
-    *lead, k = q.shape
-    tokens, n = q.numel() // k, weight.rows
-    call = _call(tokens, n, k, weight.form, weight.groups, False)
+    return _run(q, (x_scale.data_ptr(), x_sums.data_ptr()), weight, bias, dtype)
+
+
+def _run(
+    x: Tensor, quantized: tuple[int, int] | None, weight: Panels, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Either: ``quantized`` is where scales and sums are, None where ``x`` is yet to be quantized."""
+    *lead, k = x.shape
+    tokens, n = x.numel() // k, weight.rows
+    call = _call(tokens, n, k, weight.form, weight.groups, quantized is None)
     out = torch.empty((*lead, n), dtype=dtype)
     memory, address = SCRATCH.reserve(call.scratch)
+    if quantized is None:
+        activations = x.data_ptr(), KINDS[x.dtype], 0, address, address + call.sums
+    else:
+        activations = 0, 0, x.data_ptr(), *quantized
     biased = (0, 0) if bias is None else (bias.data_ptr(), KINDS[bias.dtype])
     call.launch(
-        tokens, k, call.padded, n, *weight.addresses, 0, 0, q.data_ptr(), x_scale.data_ptr(), x_sums.data_ptr(),
-        *call.at(address), out.data_ptr(), KINDS[dtype], *biased,
+        tokens, k, call.padded, n, *weight.addresses, *activations, *call.at(address), out.data_ptr(), KINDS[dtype],
+        *biased,
     )  # fmt: skip
     del memory  # not before the launch is done
     return out

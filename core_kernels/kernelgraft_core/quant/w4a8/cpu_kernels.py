@@ -19,7 +19,7 @@ from kernelgraft_core.quant.packed.cpu_kernels import load_floats, store_floats
 from kernelgraft_core.quant.packed.cpu_numbers import RUN, float_of_half, largest_magnitude, round_bytes
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
-from . import cpu_tile
+from . import cpu_panels, cpu_tile
 from .cpu_panels import BYTES, GROUP_SUMS, GROUPS, NIBBLES, ROWS, TOGETHER
 from .cpu_tile import BYTE_SETS, SHIFT, SUMMED_TILES, ByteSet, expand_panel, multiply_tile
 
@@ -28,16 +28,16 @@ AHEAD = 1536  # bytes that bytes are fetched ahead for few tokens, for which the
 EXPAND_TOKENS = 24  # from here on nibbles become bytes once for all tiles
 
 # What a launch tells the kernels: one int64 array, in this order. Q is where int8 activations are or go, in rows of K;
-# TILES where they are kept in tiles, K rounded up to PADDED; PART_SUMS, where it is
-# not 0, where the sums of activations over each group are kept.
+# TILES where they are kept in tiles, K rounded up to PADDED; PART_SUMS, where it is not 0, where the sums of
+# activations over each group are kept.
 (TASK, TOKENS, K, PADDED, ROW_COUNT, GROUP_COUNT, WORDS, SCALE, GROUP_SCALE, GROUP_ZERO, ZERO,
  X, KIND, Q, X_SCALE, X_SUMS, TILES, PART_SUMS, OUT, OUT_KIND, BIAS, BIAS_KIND,
 ) = range(22)  # fmt: skip
 
-# numba keeps a compiled kernel until the file that it is written in changes; these generate parts of it.
-GENERATORS = hashlib.sha256(
-    b"".join(Path(str(m.__file__)).read_bytes() for m in (cpu_tile, cpu_numbers, cpu_vectors, packed_kernels))
-).hexdigest()
+# numba keeps a compiled kernel until the file that it is written in changes; these generate parts of it, or hold
+# numbers that are compiled into it.
+_SOURCES = (cpu_panels, cpu_tile, cpu_numbers, cpu_vectors, packed_kernels)
+GENERATORS = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in _SOURCES)).hexdigest()
 
 
 @numba.njit(inline="always")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from kernelgraft_core.runtime.derived import Derived
 from kernelgraft_core.runtime.device import cpu_int8_is_exact
 
 SHIFT = 128  # its fast products take unsigned activations: signed ones fall to a path thousands of times slower
 
-_packed: Derived[Tensor] = Derived()
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in oneDNN's layout, whose tensor has no dispatch keys of an ordinary one: no module may hold it."""
+
+    rows: int
+    words: Tensor
+    scale: Tensor
 
 
 def unsupported() -> str | None:
@@ -20,17 +28,21 @@ def unsupported() -> str | None:
     return None if cpu_int8_is_exact() else "oneDNN's int8 products saturate on this processor: it lacks VNNI"
 
 
-def product(q: Tensor, x_scale: Tensor, int8: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``(q @ int8.T) * x_scale * scale + bias`` for int8 ``(M, K)`` and ``(N, K)``; neither M nor N is 0."""
-    n = len(int8)
-    # In oneDNN's layout. It has no dispatch keys of an ordinary tensor, so no module may hold it.
-    packed = _packed.of((int8,), lambda: torch.ops.onednn.qlinear_prepack(int8, None))
+def pack(int8: Tensor, scale: Tensor) -> Packed:
+    """Of int8 ``(N, K)``, with the scale ``(N,)`` of each row."""
+    words = torch.ops.onednn.qlinear_prepack(int8, None) if int8.numel() else int8.new_empty(0)
+    return Packed(len(int8), words, scale)
+
+
+def product(q: Tensor, x_scale: Tensor, weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``(q @ W.T) * x_scale * scale + bias`` of int8 ``(M, K)``; nothing is empty."""
     unsigned = (q.to(torch.int16) + SHIFT).to(torch.uint8)
+    n = weight.rows
     products: Tensor = torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, SHIFT, packed, torch.ones(n), torch.zeros(n, dtype=torch.int32), None, 1.0, 0, torch.float32,
-        "none", [], "",
+        unsigned, 1.0, SHIFT, weight.words, torch.ones(n), torch.zeros(n, dtype=torch.int32), None, 1.0, 0,
+        torch.float32, "none", [], "",
     )  # fmt: skip
-    out = products.mul_(x_scale.reshape(-1, 1)).mul_(scale.float())
+    out = products.mul_(x_scale.reshape(-1, 1)).mul_(weight.scale.float())
     if bias is not None:
         out += bias.float()
     return out.to(dtype)

@@ -85,10 +85,10 @@ def byte_set() -> ByteSet | None:
     """How this processor multiplies bytes, or None where no kernel of ours runs: without numba, or on another kind."""
     if importlib.util.find_spec("numba") is None:
         return None
-    from kernelgraft_core.quant.packed.cpu_vectors import INSTRUCTION_SETS, instruction_set
+    from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
 
     from .cpu_tile import BYTE_SETS
 
-    here = INSTRUCTION_SETS.index(instruction_set())
-    name = {"avx512": "avx2"}.get(INSTRUCTION_SETS[here].name, INSTRUCTION_SETS[here].name)
+    here = instruction_set().name
+    name = "avx2" if here == "avx512" else here
     return next((known for known in BYTE_SETS if known.isa.name == name), None)

@@ -6,8 +6,6 @@ element: at its first call, beside the packed one, for as long as that lives; fo
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,15 +13,14 @@ from torch import Tensor
 
 from kernelgraft_core.quant.packed.cpu_integer import KINDS
 from kernelgraft_core.runtime.derived import Derived
+from kernelgraft_core.runtime.notices import warn_once
 
 from . import cpu_integer, cpu_onednn, reference
+from .cpu_onednn import Packed
 from .cpu_panels import Panels, byte_set, panels_of_bytes
 from .reference import Quantized
 
-log = logging.getLogger("kernelgraft")
-
-_panels: Derived[Panels] = Derived()
-_bytes: Derived[Tensor] = Derived()
+_weights: Derived[Panels | Packed] = Derived()
 
 
 def unsupported(dtype: object) -> str | None:
@@ -40,55 +37,40 @@ def quantize(x: Tensor) -> Quantized:
     return cpu_integer.quantize(x.contiguous())
 
 
-def panels(tensors: Sequence[Tensor | None], int8: Callable[[], Tensor], scale: Tensor) -> Panels | None:
-    """A weight of these tensors as bytes for our kernels, or None where they do not run."""
+def as_bytes(tensors: Sequence[Tensor | None], int8: Callable[[], Tensor], scale: Tensor) -> Panels | Packed:
+    """A weight of these tensors, whose elements are ``int8()``, for our kernels, or for oneDNN's where they do not run.
+
+    It is kept as long as the first of them lives.
+    """
     if byte_set() is None:
-        _say_once("W4A8 and W8A8 run on oneDNN: numba is not installed, or this processor is of another kind")
-        return None
-    return _panels.of(tensors, lambda: panels_of_bytes(int8(), scale))
+        warn_once("W4A8 and W8A8 run on oneDNN: numba is not installed, or this processor is of another kind")
+        return _weights.of(tensors, lambda: cpu_onednn.pack(int8(), scale))
+    return _weights.of(tensors, lambda: panels_of_bytes(int8(), scale))
 
 
-def linear(x: Tensor, weight: Panels, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Panels | Packed, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` ``(..., N)``."""
+    if isinstance(weight, Packed):
+        return matmul(*quantize(x), weight, bias, x.dtype)
     if not x.numel():
         return x.new_zeros((*x.shape[:-1], weight.rows))
     return cpu_integer.linear(x.contiguous(), weight, _bias(bias))
 
 
 def matmul(
-    q: Tensor, x_scale: Tensor, x_sums: Tensor, weight: Panels, bias: Tensor | None, dtype: torch.dtype
+    q: Tensor, x_scale: Tensor, x_sums: Tensor, weight: Panels | Packed, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The same for activations that are quantized already."""
-    if not q.numel():
-        return q.new_zeros((*q.shape[:-1], weight.rows), dtype=dtype)
+    shape = *q.shape[:-1], weight.rows
+    if not q.numel() or not weight.rows:
+        return q.new_zeros(shape, dtype=dtype)
+    if isinstance(weight, Packed):
+        return cpu_onednn.product(q.reshape(-1, q.shape[-1]), x_scale, weight, bias, dtype).view(shape)
     contiguous = q.contiguous(), x_scale.contiguous(), x_sums.contiguous()
     return cpu_integer.matmul(*contiguous, weight, _bias(bias), dtype)
-
-
-def onednn_matmul(
-    q: Tensor,
-    x_scale: Tensor,
-    tensors: Sequence[Tensor | None],
-    int8: Callable[[], Tensor],
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The same where our kernels do not run."""
-    n = scale.shape[0]
-    if not q.numel() or not n:
-        return q.new_zeros((*q.shape[:-1], n), dtype=dtype)
-    expanded = _bytes.of(tensors, int8)
-    rows = q.reshape(-1, q.shape[-1])
-    return cpu_onednn.product(rows, x_scale, expanded, scale, bias, dtype).view(*q.shape[:-1], n)
 
 
 def _bias(bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
     return (bias if bias.dtype in KINDS else bias.float()).contiguous()
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.warning("%s", message)

@@ -76,9 +76,11 @@ class _Bytes:
         self.exact = known.isa.accumulates
         self.parts = ROWS // known.lanes  # vectors of a panel
 
-    def weights(self, word: Any, group: tuple[Any, Any] | None) -> Any:
-        """A vector of nibbles, one to a byte, as what is multiplied."""
+    def weights(self, word: Any, plane: int, group: tuple[Any, Any] | None) -> Any:
+        """The low (plane 0) or high nibbles of a vector as what is multiplied, one to a byte."""
         b = self.emit.b
+        shifted = b.lshr(word, constant(4, word.type)) if plane else word
+        word = b.and_(shifted, constant(0x0F0F0F0F, word.type))
         if group is None:
             return word
         scale, zero = group
@@ -137,8 +139,7 @@ def _step(vectors: _Bytes, panels: _Panels, groups: list[Any], i: Any, x: Any, t
         weights = []
         for word, group in zip(words, groups, strict=True):
             if planes == 2:
-                shifted = b.lshr(word, constant(4, word.type)) if plane else word
-                word = vectors.weights(b.and_(shifted, constant(0x0F0F0F0F, word.type)), group)
+                word = vectors.weights(word, plane, group)
             weights.append(vectors.signed(word))
         for m in range(tokens):
             values = emit.widen(emit.load(here, I32, 4 * (plane * tokens + m)), lanes)
@@ -240,8 +241,7 @@ def expand_panel(typing_context: Any, known: Any, words: Any, scales: Any, zeros
                 for part, group in enumerate(known):
                     word = emit.load(base[0], vectors.kind, emit.plus(emit.times(step, 4 * ROWS), 4 * lanes * part))
                     for plane in range(2):
-                        shifted = b.lshr(word, constant(4, word.type)) if plane else word
-                        weight = vectors.weights(b.and_(shifted, constant(0x0F0F0F0F, word.type)), group)
+                        weight = vectors.weights(word, plane, group)
                         offset = emit.plus(emit.times(step, 8 * ROWS), 4 * (ROWS * plane + lanes * part))
                         emit.store(weight, base[3], offset)
                 return []

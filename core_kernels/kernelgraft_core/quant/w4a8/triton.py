@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -91,7 +91,7 @@ def choose_tile(tokens: int, k: int, arch: int = 80) -> Tile:
     """By the number of tokens, on an architecture of at least ``arch``, 80 or 90; K has to be whole steps."""
     tiles = TILES[arch]
     tile = next((tile for tile in tiles if tokens <= tile.tokens), tiles[-1])
-    return tile if k % tile.columns == 0 else Tile(tile.rows, tile.tokens, COLUMNS, tile.warps, tile.stages)
+    return tile if k % tile.columns == 0 else replace(tile, columns=COLUMNS)
 
 
 def choose_splits(tiles: int, steps: int, processors: int) -> int:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from kernelgraft_core.quant.w4a8 import cpu_products
+from kernelgraft_core.quant.w4a8.cpu_onednn import Packed
+from kernelgraft_core.quant.w4a8.cpu_panels import Panels
 
 
 def w8a8_matmul(
@@ -17,18 +19,15 @@ def w8a8_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    panels = cpu_products.panels((qweight, scale), lambda: qweight, scale)
-    if panels is None:
-        return cpu_products.onednn_matmul(q, x_scale, (qweight, scale), qweight.clone, scale, bias, dtype)
-    return cpu_products.matmul(q, x_scale, x_sums, panels, bias, dtype)
+    return cpu_products.matmul(q, x_scale, x_sums, _weight(qweight, scale), bias, dtype)
 
 
 def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    panels = cpu_products.panels((qweight, scale), lambda: qweight, scale)
-    if panels is None:
-        q, x_scale, _ = cpu_products.quantize(x)
-        return cpu_products.onednn_matmul(q, x_scale, (qweight, scale), qweight.clone, scale, bias, x.dtype)
-    return cpu_products.linear(x, panels, bias)
+    return cpu_products.linear(x, _weight(qweight, scale), bias)
+
+
+def _weight(qweight: Tensor, scale: Tensor) -> Panels | Packed:
+    return cpu_products.as_bytes((qweight, scale), lambda: qweight, scale)
 
 
 def supports_w8a8_matmul(*args: object) -> str | None:

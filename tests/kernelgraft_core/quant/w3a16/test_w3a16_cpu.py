@@ -8,6 +8,7 @@ import torch
 from kernelgraft_core.quant.packed import cpu, cpu_vectors
 from kernelgraft_core.quant.w3a16 import W3A16Weight, dequantize_w3a16, w3a16_linear
 from kernelgraft_core.quant.w3a16.ops import w3a16_linear_dgrad
+from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.testing import assert_close
 
 # As for four bits: 2.5e-5 of the activations' rms, and what rounding the result costs.
@@ -141,7 +142,7 @@ def test_the_dequantized_weight_is_exact_up_to_its_dtype(installation, dtype):
 
 
 def test_without_numba_it_is_said_once(monkeypatch, caplog):
-    cpu._say_once.cache_clear()
+    warn_once.cache_clear()
     cpu._possible_paths.cache_clear()
     monkeypatch.setattr(cpu, "_HAS_NUMBA", False)
     layer, x = Layer(8, 64, 64), torch.randn(2, 64)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernelgraft_core.quant.packed import cpu, cpu_aten, cpu_vectors
 from kernelgraft_core.quant.w4a16 import W4A16Weight, dequantize_w4a16, reference, w4a16_linear
 from kernelgraft_core.quant.w4a16.ops import w4a16_linear_dgrad
+from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.testing import assert_close
 
 # 16-bit block floating point costs 2.5e-5 of the activations' rms; rounding the result costs float16 and bfloat16 more.
@@ -145,7 +146,7 @@ def test_the_path_depends_on_shapes(monkeypatch, tokens, rows, k, group, path):
 
 
 def test_a_slower_path_is_said_once(monkeypatch, caplog):
-    cpu._say_once.cache_clear()
+    warn_once.cache_clear()
     cpu._possible_paths.cache_clear()
     layer, x = Layer(3, 64, 64), torch.randn(1, 64)
     with caplog.at_level(logging.WARNING, "kernelgraft"):

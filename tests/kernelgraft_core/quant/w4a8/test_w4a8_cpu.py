@@ -148,7 +148,7 @@ def test_extreme_integers_are_summed_exactly(m, installation):
 
 def test_an_expanded_weight_follows_the_packed_one(installation):
     gc.collect()  # weights of other tests would leave the table while this one counts
-    kept = cpu_products._panels if installation == "kernels" else cpu_products._bytes
+    kept = cpu_products._weights
     weight, _ = weight_of(8, 32, 8)
     before, count = w4a8_linear(torch.ones(1, 32), *weight.tensors), len(kept)
     other = W4A8Weight.from_integers(torch.zeros(8, 32), weight.scale, zero=torch.full((8,), 3))
