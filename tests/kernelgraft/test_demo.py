@@ -171,8 +171,12 @@ def test_the_command_in_the_report_is_the_one_that_was_run(finished):
 
 
 def test_a_host_that_fails_costs_its_part_only(finished, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise serving.ServingError("the engine broke <down>")
+    serve = serving.serve
+
+    def refuse(context, host, candidates, log):
+        if "awq" in candidates:
+            raise serving.ServingError("the engine broke <down>")
+        return serve(context, host, candidates, log)
 
     perplexity = {"original": 10.0, "rtn": 14.0, "awq": 11.0}
     kept = finished["out"] / "models/awq"

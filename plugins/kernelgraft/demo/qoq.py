@@ -169,7 +169,7 @@ def _notes(context: Context, host: serving.Host, found: Found) -> tuple[str, ...
     if found.served:
         notes.append(
             f"{found.served.facts['w4a8']['grafted_layers']} layers of the quantized model ran on kernelgraft in "
-            f"{host.name}; the three were timed in turns, one short request at a time, where a 4-bit cache gains nothing."
+            f"{host.name}; the three were timed in turns, one short request each, where a 4-bit cache gains nothing."
         )
     return tuple(notes)
 
