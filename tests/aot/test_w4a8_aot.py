@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from kernelgraft_core.quant.w4a8 import triton, triton_kernels
+from kernelgraft_core.quant.w4a8 import triton, triton_kernels, triton_tiles
 from kernelgraft_core.runtime.aot import AotReport, report
 
 ARCHS = pytest.mark.parametrize("arch", [80, 89, 90, 100], ids="sm{}".format)
@@ -16,7 +16,7 @@ MACS = {80: 2048, 89: 1024, 90: 4096, 100: 8192}
 @functools.cache
 def product(arch, tokens, form="groups", split=False) -> AotReport:
     number, group = FORMS[form]
-    tile = triton.choose_tile(tokens, 4096, 90 if arch == 90 else 80)
+    tile = triton_tiles.choose_tile(tokens, 4096, 90 if arch == 90 else 80)
     arguments = {
         "x": "*i8", "weight": "*i8" if form == "bytes" else "*i32", "group_scale": "*u8", "group_zero": "*u8",
         "scale": "*fp16", "zero": "*u8", "x_scale": "*fp32", "x_sums": "*i32", "bias": "*fp16",
@@ -29,7 +29,7 @@ def product(arch, tokens, form="groups", split=False) -> AotReport:
 
 def work(found: AotReport, arch: int, tokens: int) -> tuple[float, float]:
     """Arithmetic for unpacking, and all instructions, as shares of the time that matrix products take."""
-    tile = triton.choose_tile(tokens, 4096, 90 if arch == 90 else 80)
+    tile = triton_tiles.choose_tile(tokens, 4096, 90 if arch == 90 else 80)
     clocks = tile.rows * tile.tokens * tile.columns / MACS[arch]
     arithmetic = found.count("LOP3", "SHF", "PRMT", "IADD3", "VIADD") * tile.warps / 2
     return arithmetic / clocks, sum(found.loop.values()) * tile.warps / 4 / clocks

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .weight import W4A8Weight
 
-TUNED: tuple[str, ...] = ()
+TUNED = ("w4a8_linear",)
+"""Ops that measure themselves inside ``PLANS.tuning()``; the first dimension of their first argument is tokens."""
 
 
 def example_args(

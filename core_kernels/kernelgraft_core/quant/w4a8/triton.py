@@ -9,17 +9,21 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
+from kernelgraft_core.runtime.device import arch_key
+from kernelgraft_core.runtime.plans import PLANS
+from kernelgraft_core.runtime.timing import measure_us
 
 from . import reference
 from .reference import Quantized
 from .triton_kernels import (
+    BYTES,
     EXACT_GROUPS,
     GROUPS,
     NIBBLES,
@@ -27,34 +31,13 @@ from .triton_kernels import (
     quantize_kernel,
     sum_splits_kernel,
 )
+from .triton_tiles import COLUMNS, VERSION, Product, Tile, candidates, choose, parameters
 from .weight import W4A8Weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COLUMNS = 64  # that words are made of; K is a multiple of it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 QUANTIZE_BLOCK = 2048
 SUM_BLOCK = 512
-MOST_SPLITS = 16
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile of the product: rows of the weight, tokens and columns of a step, and how it is launched."""
-
-    rows: int
-    tokens: int
-    columns: int
-    warps: int
-    stages: int
-
-
-# By the tokens of a tile, the fewest first. Chosen by what ahead-of-time compiling shows: no spills, three tiles of
-# every operand in flight, and the fewest instructions for a matrix product; on Hopper that takes longer steps.
-FEW = Tile(64, 16, 128, 4, 4), Tile(64, 32, 128, 4, 4)
-TILES = {
-    80: (*FEW, Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4)),
-    90: (*FEW, Tile(128, 64, 128, 4, 4), Tile(128, 128, 128, 8, 4)),
-}
 
 
 @dataclass(frozen=True)
@@ -85,18 +68,6 @@ def prepare(weight: W4A8Weight) -> Prepared:
     ]
     form = GROUPS if weight.fits_bytes else EXACT_GROUPS
     return Prepared(form.value, words, weight.group_size, stride, *numbers)
-
-
-def choose_tile(tokens: int, k: int, arch: int = 80) -> Tile:
-    """By the number of tokens, on an architecture of at least ``arch``, 80 or 90; K has to be whole steps."""
-    tiles = TILES[arch]
-    tile = next((tile for tile in tiles if tokens <= tile.tokens), tiles[-1])
-    return tile if k % tile.columns == 0 else replace(tile, columns=COLUMNS)
-
-
-def choose_splits(tiles: int, steps: int, processors: int) -> int:
-    """Programs that share a tile, so that there are about two on every multiprocessor and each has four steps."""
-    return max(1, min(2 * processors // tiles, steps // 4, MOST_SPLITS))
 
 
 def constants(tile: Tile, form: int, group: int, split: bool, bias: bool) -> dict[str, int | bool]:
@@ -158,17 +129,40 @@ def product(
     dtype: torch.dtype,
     splits: int | None = None,
 ) -> Tensor:
-    """``(..., N)``; ``splits`` of K are chosen unless given."""
+    """``(..., N)``, by a stored plan or a rule; measures while tuning. ``splits`` of K are chosen unless given."""
     q, x_scale, x_sums = (tensor.contiguous() for tensor in quantized)
     *lead, k = q.shape
     n, tokens = scale.shape[0], q.numel() // k if k else 0
     out = torch.empty((*lead, n), dtype=dtype, device=q.device)
     if not out.numel():
         return out
-    tile = choose_tile(tokens, k, _architecture(q.device))
+    op = "w8a8_linear" if weight.form == BYTES.value else "w4a8_linear"
+    sizes = Product(op, tokens, n, k, weight.group, *_gpu(q.device))
+    run = functools.partial(_launch, (q, x_scale, x_sums), weight, scale, zero, bias, out)
+    if PLANS.should_tune(op, VERSION, sizes.arch_key, sizes.shape):
+        runs = {name: (parameters(*found), functools.partial(run, *found)) for name, found in candidates(sizes).items()}
+        measure = functools.partial(measure_us, device=q.device.type)
+        PLANS.tune(op, VERSION, sizes.arch_key, sizes.shape, runs, measure)
+    tile, chosen = choose(sizes)
+    run(tile, chosen if splits is None else splits)
+    return out
+
+
+def _launch(
+    quantized: Quantized,
+    weight: Prepared,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: Tile,
+    splits: int,
+) -> None:
+    """Write the product to ``out``."""
+    q, x_scale, x_sums = quantized
+    k, n = q.shape[-1], scale.shape[0]
+    tokens = q.numel() // k
     tiles = triton.cdiv(tokens, tile.tokens) * triton.cdiv(n, tile.rows)
-    if splits is None:
-        splits = choose_splits(tiles, k // tile.columns, _processors(q.device))
     k_split = triton.cdiv(k // tile.columns, splits) * tile.columns
     splits = triton.cdiv(k, k_split)
     target = out if splits == 1 else torch.empty((splits, tokens, n), dtype=torch.int32, device=q.device)
@@ -185,7 +179,6 @@ def product(
                 target, scale, points, x_scale, x_sums, added, out, tokens, n,
                 SPLITS=splits, BLOCK=SUM_BLOCK, HAS_ZERO=zero is not None, HAS_BIAS=bias is not None, num_warps=4,
             )  # fmt: skip
-    return out
 
 
 def _quantize(x: Tensor, weight: Tensor, k: int, eps: float, kind: int) -> Quantized:
@@ -205,14 +198,12 @@ def _quantize(x: Tensor, weight: Tensor, k: int, eps: float, kind: int) -> Quant
 
 
 @functools.cache
-def _architecture(device: torch.device) -> int:
-    """The key of TILES."""
-    return 90 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else 80
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+def _gpu(device: torch.device) -> tuple[int, str, int]:
+    """The key of TILES, what plans are kept under, and the number of multiprocessors."""
+    if device.type == "cpu":  # interpreted
+        return 80, arch_key(device), 1
+    properties = torch.cuda.get_device_properties(device)
+    return 90 if properties.major == 9 else 80, arch_key(device), properties.multi_processor_count
 
 
 def supports_quantize_activation(x: Tensor, *_: object) -> str | None:

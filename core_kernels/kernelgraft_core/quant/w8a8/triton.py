@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernelgraft_core.quant.w4a8 import triton
 from kernelgraft_core.quant.w4a8.triton_kernels import BYTES
+from kernelgraft_core.quant.w4a8.triton_tiles import COLUMNS
 
 
 def w8a8_matmul(
@@ -37,4 +38,4 @@ def supports_w8a8_linear(x: Tensor, qweight: Tensor, *_: object) -> str | None:
 
 def _unsupported_weight(qweight: Tensor) -> str | None:
     k = qweight.shape[1]
-    return f"K = {k} is not a multiple of {triton.COLUMNS}" if k == 0 or k % triton.COLUMNS else None
+    return f"K = {k} is not a multiple of {COLUMNS}" if k == 0 or k % COLUMNS else None

@@ -142,8 +142,22 @@ def test_what_it_cannot_take_is_left_to_others():
         assert reason in triton.supports_w4a8_linear(torch.randn(2, weight.in_features), *weight.tensors, None)
 
 
-def test_splits_fill_a_gpu_and_no_more():
-    assert triton.choose_splits(64, 32, 132) == 4
-    assert triton.choose_splits(512, 32, 132) == 1
-    assert triton.choose_splits(4, 112, 132) == 16
-    assert triton.choose_splits(4, 3, 132) == 1
+def test_tuning_measures_every_candidate_and_keeps_the_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELGRAFT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton, "measure_us", lambda run, device: run() or 1.0)
+    weight, _ = weight_of(64, 512, 64)
+    quantized = reference.quantize_activation(torch.randn(20, 512))
+    wanted = reference.w4a8_matmul(*quantized, *weight.tensors, None, torch.float32)
+    measured = []
+    tune = triton.PLANS.tune
+
+    def check(op, version, arch, shape, runs, measure):
+        measured.extend(runs)
+        return tune(op, version, arch, shape, runs, measure)
+
+    monkeypatch.setattr(triton.PLANS, "tune", check)
+    with triton.PLANS.tuning():
+        found = triton.w4a8_matmul(*quantized, *weight.tensors, None, torch.float32)
+    assert torch.equal(found, wanted)
+    assert len(measured) > 2
+    assert torch.equal(triton.w4a8_matmul(*quantized, *weight.tensors, None, torch.float32), wanted)
