@@ -1,0 +1,125 @@
+"""Sparse convolution on a CPU by the kernels of :mod:`.cpu_kernels`, which needs numba.
+
+Output rows are done in tiles that stay in the second-level cache, tap by tap: rows of the input are read where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernelgraft_core.runtime.derived import Derived
+from kernelgraft_core.runtime.threads import Launch, Phase, available_threads
+
+TILE_BYTES = 128 << 10  # of the output rows of a tile
+TILE_ROWS = 256
+PART_TILES = 8  # tiles whose share of a weight's gradient is summed together, at least
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a kernel map, by tile of output rows and then by tap."""
+
+    taps: int
+    tiles: int
+    inputs: Tensor
+    outputs: Tensor
+    starts: Tensor
+
+
+_pairs: Derived[Pairs] = Derived()
+
+
+def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, mirrored: bool) -> Tensor:
+    known = _float_set()
+    taps, groups, cin, cout = weight.shape
+    padded = -(-cout // known.lanes) * known.lanes
+    pairs = _pairs.of((neighbors,), lambda: make_pairs(neighbors))
+    single, weights = x.float().contiguous(), _padded(weight.float(), padded)
+    added = None if bias is None else _padded(bias.float().view(groups, cout), padded)
+    out = torch.empty(len(neighbors), groups * padded)
+    if len(neighbors):
+        _forward_launch(pairs.tiles)(
+            TILE_ROWS, len(neighbors), taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
+            pairs.starts.data_ptr(), int(mirrored), groups, cin, padded, single.data_ptr(), weights.data_ptr(),
+            0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles,
+        )  # fmt: skip
+    return out.unflatten(1, (groups, padded))[..., :cout].flatten(1).to(x.dtype)
+
+
+def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int) -> Tensor:
+    known = _float_set()
+    taps, cin, cout = neighbors.shape[1], x.shape[1] // groups, grad.shape[1] // groups
+    padded = -(-cout // known.lanes) * known.lanes
+    pairs = _pairs.of((neighbors,), lambda: make_pairs(neighbors))
+    # What is summed together depends on the number of tiles alone, so that threads do not change the result.
+    parts = max(1, min(64, pairs.tiles // PART_TILES))
+    single, grads = x.float().contiguous(), _padded(grad.float().unflatten(1, (groups, cout)), padded)
+    partial = torch.empty(parts, taps, groups, cin, padded)
+    _weight_launch(parts)(
+        TILE_ROWS, len(neighbors), taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(), pairs.starts.data_ptr(),
+        0, groups, cin, padded, single.data_ptr(), 0, 0, grads.data_ptr(), partial.data_ptr(), parts, pairs.tiles,
+    )  # fmt: skip
+    return partial.sum(0)[..., :cout].to(x.dtype)
+
+
+def make_pairs(neighbors: Tensor) -> Pairs:
+    """Sort a kernel map ``(N_out, K)`` by tile and tap."""
+    from . import cpu_kernels as kernels
+
+    rows, taps = neighbors.shape
+    tiles = -(-rows // TILE_ROWS)
+    neighbors = neighbors.contiguous()
+    counts = torch.empty(tiles * taps, dtype=torch.int64)
+    told = TILE_ROWS, rows, taps, neighbors.data_ptr(), counts.data_ptr()
+    if tiles:
+        Launch(Phase(kernels.count_pairs.address, tiles, 4))(*told, 0, 0, 0)
+    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    inputs, outputs = (torch.empty(int(starts[-1]), dtype=torch.int32) for _ in range(2))
+    if tiles:
+        Launch(Phase(kernels.fill_pairs.address, tiles, 4))(
+            *told, starts.data_ptr(), inputs.data_ptr(), outputs.data_ptr()
+        )
+    return Pairs(taps, tiles, inputs, outputs, starts)
+
+
+def supports_sparse_conv(x: Tensor, *_: object) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 is computed by the reference"
+    return None if importlib.util.find_spec("numba") else "numba is not installed"
+
+
+supports_sparse_conv_wgrad = supports_sparse_conv
+
+
+def _padded(values: Tensor, last: int) -> Tensor:
+    """The last axis filled up with zeros, contiguous."""
+    return torch.nn.functional.pad(values, (0, last - values.shape[-1])).contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_launch(tiles: int) -> Launch:
+    from . import cpu_kernels as kernels
+
+    return Launch(Phase(kernels.forward_kernel(_float_set()).address, tiles))
+
+
+@functools.lru_cache(maxsize=256)
+def _weight_launch(parts: int) -> Launch:
+    from . import cpu_kernels as kernels
+
+    return Launch(Phase(kernels.weight_kernel(_float_set()).address, parts))
+
+
+@functools.cache
+def _float_set():
+    from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
+
+    from .cpu_tile import FLOAT_SETS
+
+    name = {"avx512vnni": "avx512", "avxvnni": "avx2"}.get(instruction_set().name, instruction_set().name)
+    return next(known for known in FLOAT_SETS if known.isa.name == name)

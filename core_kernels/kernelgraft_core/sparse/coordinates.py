@@ -1,0 +1,160 @@
+"""Which sites of a grid are there: checked once, ordered once, shared by every tensor that has values at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST_KEY = 1 << 62
+LARGEST_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Coordinates as numbers whose order is that of ``(b, x, y, ...)``.
+
+    Attributes:
+        sorted: int64 ``(N,)``, ascending.
+        order: int64 ``(N,)``, the row that each of them stands for; None where rows are in that order.
+        steps: how much a coordinate of each axis counts, the batch first.
+    """
+
+    sorted: Tensor
+    order: Tensor | None
+    steps: tuple[int, ...]
+
+
+class Coordinates:
+    """``N`` different sites of ``batch_size`` grids.
+
+    Args:
+        indices: integer ``(N, 1 + D)`` of rows ``[b, x, y, ...]``, D in 1..4; int32 unless it is already.
+        spatial_shape: sizes of the grid; by default the least that holds all of them.
+        batch_size: how many grids there are; by default one more than the largest ``b``.
+        stride: how far sites are apart in the grid of the input, per axis or one for all.
+
+    Raises:
+        ValueError: a shape or dtype is wrong, a coordinate is negative, beyond the grid or there twice, or the grid has
+            more sites than a 64-bit number counts; the message gives the row and the coordinate.
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        spatial_shape: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        stride: int | Sequence[int] = 1,
+    ) -> None:
+        if indices.dim() != 2 or not 2 <= indices.shape[1] <= 1 + LARGEST_DIMENSIONS:
+            raise ValueError(
+                f"coordinates are {tuple(indices.shape)}, expected (N, 1 + D) of [b, x, ...] with D in "
+                f"1..{LARGEST_DIMENSIONS}"
+            )
+        if indices.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+            raise ValueError(f"coordinates are {indices.dtype}, expected integers")
+        dimensions = indices.shape[1] - 1
+        self.stride = per_axis("stride", stride, dimensions)
+        low, high = _bounds(indices)
+        if any(value < 0 for value in low):
+            row = int((indices < 0).any(1).nonzero()[0])
+            raise ValueError(f"row {row} of the coordinates is {indices[row].tolist()}, expected none below 0")
+        self.batch_size = high[0] + 1 if batch_size is None else batch_size
+        shape = [value + 1 for value in high[1:]] if spatial_shape is None else spatial_shape
+        self.spatial_shape = per_axis("spatial_shape", shape, dimensions)
+        limits = (self.batch_size, *self.spatial_shape)
+        if any(value >= limit for value, limit in zip(high, limits, strict=True)):
+            beyond = indices >= torch.tensor(limits, device=indices.device)
+            row = int(beyond.any(1).nonzero()[0])
+            raise ValueError(
+                f"row {row} of the coordinates is {indices[row].tolist()}, which is beyond batch_size = "
+                f"{self.batch_size} and spatial_shape = {self.spatial_shape}"
+            )
+        self.indices = indices.to(torch.int32).contiguous()
+        self._keys: dict[tuple[int, ...], Keys] = {}
+        keys = self.keys((0,) * dimensions)
+        twice = (keys.sorted[1:] == keys.sorted[:-1]).nonzero()
+        if len(twice):
+            first = int(twice[0])
+            rows = [first, first + 1] if keys.order is None else keys.order[first : first + 2].tolist()
+            raise ValueError(f"rows {rows[0]} and {rows[1]} of the coordinates are both {indices[rows[0]].tolist()}")
+
+    @classmethod
+    def known(
+        cls, indices: Tensor, spatial_shape: tuple[int, ...], batch_size: int, stride: tuple[int, ...]
+    ) -> Coordinates:
+        """Without checks: int32 rows that are in the grid, and different."""
+        made = cls.__new__(cls)
+        made.indices, made.spatial_shape, made.batch_size, made.stride = indices, spatial_shape, batch_size, stride
+        made._keys = {}
+        return made
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{len(self)} of {self.batch_size} x {self.spatial_shape} sites, stride {self.stride}, "
+            f"{self.indices.device}>"
+        )
+
+    @property
+    def dimensions(self) -> int:
+        return self.indices.shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    def keys(self, margin: tuple[int, ...]) -> Keys:
+        """As numbers in which ``margin`` more sites fit on both ends of each axis, so that no neighbour is another row's.
+
+        Raises:
+            ValueError: there are more such sites than numbers.
+        """
+        known = self._keys.get(margin)
+        if known is None:
+            known = self._keys[margin] = self._order(margin)
+        return known
+
+    def _order(self, margin: tuple[int, ...]) -> Keys:
+        sizes = [size + 2 * more for size, more in zip(self.spatial_shape, margin, strict=True)]
+        steps = [1]
+        for size in reversed(sizes):
+            steps.insert(0, steps[0] * size)
+        if steps[0] * max(1, self.batch_size) >= LARGEST_KEY:
+            raise ValueError(
+                f"batch_size = {self.batch_size} and spatial_shape = {self.spatial_shape} with margins {margin} have "
+                f"{steps[0] * self.batch_size} sites, more than 2^62"
+            )
+        offset = sum(step * more for step, more in zip(steps[1:], margin, strict=True))
+        keys = self.indices.long() @ torch.tensor(steps, device=self.device) if self.device.type == "cpu" else (
+            self.indices.long() * torch.tensor(steps, device=self.device)
+        ).sum(1)
+        keys += offset
+        if bool((keys[1:] > keys[:-1]).all()):
+            return Keys(keys, None, tuple(steps))
+        sorted_keys, order = keys.sort()
+        return Keys(sorted_keys, order, tuple(steps))
+
+
+def per_axis(name: str, value: int | Sequence[int], dimensions: int, least: int = 1) -> tuple[int, ...]:
+    """One number for each axis.
+
+    Raises:
+        ValueError: there is another number of them, or one is below ``least``.
+    """
+    values = (value,) * dimensions if isinstance(value, int) else tuple(int(each) for each in value)
+    if len(values) != dimensions or any(each < least for each in values):
+        raise ValueError(f"{name} is {value}, expected one number or {dimensions}, each at least {least}")
+    return values
+
+
+def _bounds(indices: Tensor) -> tuple[list[int], list[int]]:
+    """The least and the largest coordinate of every axis; 0 and -1 where there are no rows."""
+    if not len(indices):
+        return [0] * indices.shape[1], [-1] * indices.shape[1]
+    low, high = indices.aminmax(dim=0)
+    return low.tolist(), high.tolist()

@@ -1,0 +1,32 @@
+"""The plainest correct kernel map: one binary search for every output and tap, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sparse_neighbors(
+    in_keys: Tensor,
+    in_order: Tensor | None,
+    out_keys: Tensor,
+    out_order: Tensor | None,
+    lines: list[int],
+    taps: int,
+    apart: int,
+    mirrored: bool,
+) -> Tensor:
+    found = torch.full((len(out_keys), len(lines) * taps), -1, dtype=torch.int32, device=out_keys.device)
+    if not len(in_keys):
+        return found
+    for tap in range(len(lines) * taps):
+        wanted = out_keys + (lines[tap // taps] + tap % taps * apart)
+        at = torch.searchsorted(in_keys, wanted).clamp_(max=len(in_keys) - 1)
+        hit = in_keys[at] == wanted
+        rows = at if in_order is None else in_order[at]
+        found[:, tap] = torch.where(hit, rows, -1).to(torch.int32)
+    if out_order is None:
+        return found
+    placed = torch.empty_like(found)
+    placed[out_order] = found
+    return placed
