@@ -109,7 +109,7 @@ class Coordinates:
         return self.indices.device
 
     def keys(self, margin: tuple[int, ...]) -> Keys:
-        """As numbers in which ``margin`` more sites fit on both ends of each axis, so that no neighbour is another row's.
+        """As numbers that leave ``margin`` more sites on both ends of each axis: no neighbour is another row's then.
 
         Raises:
             ValueError: there are more such sites than numbers.
@@ -130,9 +130,11 @@ class Coordinates:
                 f"{steps[0] * self.batch_size} sites, more than 2^62"
             )
         offset = sum(step * more for step, more in zip(steps[1:], margin, strict=True))
-        keys = self.indices.long() @ torch.tensor(steps, device=self.device) if self.device.type == "cpu" else (
-            self.indices.long() * torch.tensor(steps, device=self.device)
-        ).sum(1)
+        keys = (
+            self.indices.long() @ torch.tensor(steps, device=self.device)
+            if self.device.type == "cpu"
+            else (self.indices.long() * torch.tensor(steps, device=self.device)).sum(1)
+        )
         keys += offset
         if bool((keys[1:] > keys[:-1]).all()):
             return Keys(keys, None, tuple(steps))

@@ -17,9 +17,10 @@ LARGEST_VOLUME = 4096
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """A convolution without its weight: output ``o`` reads input ``o * stride - padding + k * dilation`` for every tap ``k``.
+    """A convolution without its weight.
 
-    The same as ``torch.nn.functional.conv3d`` (cross-correlation). Taps are numbered with the last axis fastest.
+    Output ``o`` reads input ``o * stride - padding + k * dilation`` for every tap ``k``, the same as in
+    ``torch.nn.functional.conv3d`` (cross-correlation). Taps are numbered with the last axis fastest.
 
     Attributes:
         kernel_size, stride, padding, dilation: per axis.
@@ -53,7 +54,9 @@ class ConvGeometry:
         steps = per_axis("stride", stride, dimensions)
         apart = per_axis("dilation", dilation, dimensions)
         if math.prod(kernel) > LARGEST_VOLUME:
-            raise ValueError(f"kernel_size {kernel} has {math.prod(kernel)} taps, at most {LARGEST_VOLUME} are supported")
+            raise ValueError(
+                f"kernel_size {kernel} has {math.prod(kernel)} taps, at most {LARGEST_VOLUME} are supported"
+            )
         if not submanifold:
             return cls(kernel, steps, per_axis("padding", padding, dimensions, least=0), apart)
         if any(step != 1 for step in steps):

@@ -75,7 +75,8 @@ def _neighbors(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates
     # As far as an output of the grid reads beyond it.
     shapes = zip(zip(*taps, strict=True), geometry.stride, outputs.spatial_shape, inputs.spatial_shape, strict=True)
     margin = tuple(
-        max(0, -min(axis), (out_size - 1) * step + max(axis) - (in_size - 1)) for axis, step, out_size, in_size in shapes
+        max(0, -min(axis), (out_size - 1) * step + max(axis) - (in_size - 1))
+        for axis, step, out_size, in_size in shapes
     )
     in_keys = inputs.keys(margin)
     mirrored = geometry.mirrored and outputs is inputs

@@ -1,6 +1,7 @@
 """Sparse convolution on a CPU by the kernels of :mod:`.cpu_kernels`, which needs numba.
 
-Output rows are done in tiles that stay in the second-level cache, tap by tap: rows of the input are read where they are.
+Output rows are done in tiles that stay in the second-level cache, tap by tap; rows of the input are read where they
+are.
 """
 
 from __future__ import annotations
@@ -8,15 +9,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
-from kernelgraft_core.runtime.threads import Launch, Phase, available_threads
+from kernelgraft_core.runtime.threads import Launch, Phase
 
-TILE_BYTES = 128 << 10  # of the output rows of a tile
-TILE_ROWS = 256
+from . import reference
+
+if TYPE_CHECKING:
+    from .cpu_tile import FloatSet
+
+TILE_ROWS = 256  # of a tile
 PART_TILES = 8  # tiles whose share of a weight's gradient is summed together, at least
 
 
@@ -32,28 +38,46 @@ class Pairs:
 
 
 _pairs: Derived[Pairs] = Derived()
+_transposed: Derived[Tensor] = Derived()
 
 
-def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, mirrored: bool) -> Tensor:
+def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool) -> Tensor:
+    return _convolve(x, weight, bias, neighbors, backwards=False)
+
+
+def sparse_conv_dgrad(grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int, symmetric: bool) -> Tensor:
+    swapped = weight.transpose(2, 3)
+    if symmetric:
+        return _convolve(grad, swapped, None, neighbors, backwards=True)
+    known = _transposed.of((neighbors,), lambda: transpose(neighbors, rows))
+    return _convolve(grad, swapped, None, known, backwards=False)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, backwards: bool) -> Tensor:
+    """``backwards``: the last tap of the weight belongs to the first of the map."""
     known = _float_set()
     taps, groups, cin, cout = weight.shape
     padded = -(-cout // known.lanes) * known.lanes
+    if not (len(neighbors) and cin and cout):
+        return reference.sparse_conv(x, weight, bias, neighbors, False)
     pairs = _pairs.of((neighbors,), lambda: make_pairs(neighbors))
     single, weights = x.float().contiguous(), _padded(weight.float(), padded)
     added = None if bias is None else _padded(bias.float().view(groups, cout), padded)
     out = torch.empty(len(neighbors), groups * padded)
-    if len(neighbors):
-        _forward_launch(pairs.tiles)(
-            TILE_ROWS, len(neighbors), taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
-            pairs.starts.data_ptr(), int(mirrored), groups, cin, padded, single.data_ptr(), weights.data_ptr(),
-            0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles,
-        )  # fmt: skip
-    return out.unflatten(1, (groups, padded))[..., :cout].flatten(1).to(x.dtype)
+    _forward_launch(pairs.tiles)(
+        TILE_ROWS, len(neighbors), taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
+        pairs.starts.data_ptr(), int(backwards), groups, cin, padded, single.data_ptr(), weights.data_ptr(),
+        0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles,
+    )  # fmt: skip
+    whole: Tensor = out.unflatten(1, (groups, padded))[..., :cout].reshape(len(neighbors), groups * cout)
+    return whole.to(x.dtype)
 
 
 def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int) -> Tensor:
     known = _float_set()
     taps, cin, cout = neighbors.shape[1], x.shape[1] // groups, grad.shape[1] // groups
+    if not (len(neighbors) and cin and cout):
+        return reference.sparse_conv_wgrad(x, grad, neighbors, groups)
     padded = -(-cout // known.lanes) * known.lanes
     pairs = _pairs.of((neighbors,), lambda: make_pairs(neighbors))
     # What is summed together depends on the number of tiles alone, so that threads do not change the result.
@@ -64,7 +88,8 @@ def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int) -
         TILE_ROWS, len(neighbors), taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(), pairs.starts.data_ptr(),
         0, groups, cin, padded, single.data_ptr(), 0, 0, grads.data_ptr(), partial.data_ptr(), parts, pairs.tiles,
     )  # fmt: skip
-    return partial.sum(0)[..., :cout].to(x.dtype)
+    out: Tensor = partial.sum(0)[..., :cout].to(x.dtype)
+    return out.contiguous()
 
 
 def make_pairs(neighbors: Tensor) -> Pairs:
@@ -87,13 +112,21 @@ def make_pairs(neighbors: Tensor) -> Pairs:
     return Pairs(taps, tiles, inputs, outputs, starts)
 
 
+def transpose(neighbors: Tensor, rows: int) -> Tensor:
+    """Of a map ``(N_out, K)``, the output that reads each of ``rows`` inputs by each tap, int32, -1 where none does."""
+    found = neighbors.new_full((rows, neighbors.shape[1]), -1)
+    outputs, taps = (neighbors >= 0).nonzero(as_tuple=True)
+    found[neighbors[outputs, taps].long(), taps] = outputs.to(torch.int32)
+    return found
+
+
 def supports_sparse_conv(x: Tensor, *_: object) -> str | None:
     if x.dtype == torch.float64:
         return "float64 is computed by the reference"
     return None if importlib.util.find_spec("numba") else "numba is not installed"
 
 
-supports_sparse_conv_wgrad = supports_sparse_conv
+supports_sparse_conv_dgrad = supports_sparse_conv_wgrad = supports_sparse_conv
 
 
 def _padded(values: Tensor, last: int) -> Tensor:
@@ -116,7 +149,7 @@ def _weight_launch(parts: int) -> Launch:
 
 
 @functools.cache
-def _float_set():
+def _float_set() -> FloatSet:
     from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
 
     from .cpu_tile import FLOAT_SETS

@@ -94,7 +94,8 @@ def _block(emit: Emit, known: FloatSet, arrays: _Arrays, pairs: tuple[Any, Any],
 
 @intrinsic(prefer_literal=True)
 def add_products(typing_context: Any, known: Any, width: Any, inputs: Any, outputs: Any, count: Any, x: Any,
-                 x_step: Any, weight: Any, weight_step: Any, out: Any, out_step: Any, channels: Any) -> Any:  # fmt: skip
+                 x_step: Any, weight: Any, weight_step: Any, out: Any, out_step: Any,
+                 channels: Any) -> Any:  # fmt: skip
     """``out[outputs[i]] += x[inputs[i]] @ weight`` for ``count`` pairs and a few vectors of output channels.
 
     All but the literals are int64, most of them addresses; numbers are float32.
@@ -143,7 +144,11 @@ def add_outer(typing_context: Any, known: Any, rows: Any, width: Any, inputs: An
         emit, kind = Emit(builder, chosen.isa), vector(F32, chosen.lanes)
         inputs, outputs, x, grad, out = (emit.at(each, 0) for each in (inputs, outputs, x, grad, out))
         offsets = [4 * chosen.lanes * v for v in range(wide)]
-        places = [(emit.at(out, builder.mul(out_step, ir.Constant(I64, r))), offset) for r in range(high) for offset in offsets]
+        places = [
+            (emit.at(out, builder.mul(out_step, ir.Constant(I64, r))), offset)
+            for r in range(high)
+            for offset in offsets
+        ]
 
         def body(i: Any, totals: list[Any]) -> list[Any]:
             source, other = _row(emit, x, x_step, inputs, i), _row(emit, grad, grad_step, outputs, i)
@@ -160,5 +165,3 @@ def add_outer(typing_context: Any, known: Any, rows: Any, width: Any, inputs: An
         return context.get_dummy_value()
 
     return types.void(known, rows, width, *([types.int64] * 9)), generate
-
-

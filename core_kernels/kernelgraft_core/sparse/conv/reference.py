@@ -6,27 +6,39 @@ import torch
 from torch import Tensor
 
 
-def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, mirrored: bool) -> Tensor:
-    taps, groups, cin, cout = weight.shape
+def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows, weights = x.to(wide).view(-1, groups, cin), weight.to(wide)
-    out = x.new_zeros((len(neighbors), groups, cout), dtype=wide)
-    for tap in range(taps):
+    rows, weights = x.to(wide).unflatten(1, weight.shape[1:3]), weight.to(wide)
+    out = rows.new_zeros((len(neighbors), weight.shape[1], weight.shape[3]))
+    for tap, each in enumerate(weights):
         inputs, outputs = _pairs(neighbors, tap)
-        product = torch.einsum("ngi,gio->ngo", rows[inputs], weights[taps - 1 - tap if mirrored else tap])
-        out.index_add_(0, outputs, product)
-    out = out.flatten(1)
-    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+        out.index_add_(0, outputs, torch.einsum("ngi,gio->ngo", rows[inputs], each))
+    flat: Tensor = out.flatten(1)
+    if bias is not None:
+        flat += bias.to(wide)
+    return flat.to(x.dtype)
+
+
+def sparse_conv_dgrad(grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int, symmetric: bool) -> Tensor:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grads, weights = grad.to(wide).unflatten(1, (weight.shape[1], weight.shape[3])), weight.to(wide)
+    found = grads.new_zeros((rows, *weight.shape[1:3]))
+    for tap, each in enumerate(weights):
+        inputs, outputs = _pairs(neighbors, tap)
+        found.index_add_(0, inputs, torch.einsum("ngo,gio->ngi", grads[outputs], each))
+    flat: Tensor = found.flatten(1)
+    return flat.to(grad.dtype)
 
 
 def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows, grads = x.to(wide).unflatten(1, (groups, -1)), grad.to(wide).unflatten(1, (groups, -1))
-    found = []
-    for tap in range(neighbors.shape[1]):
+    rows = x.to(wide).unflatten(1, (groups, x.shape[1] // groups))
+    grads = grad.to(wide).unflatten(1, (groups, grad.shape[1] // groups))
+    found: Tensor = rows.new_zeros((neighbors.shape[1], *rows.shape[1:], grads.shape[2]))
+    for tap, each in enumerate(found):
         inputs, outputs = _pairs(neighbors, tap)
-        found.append(torch.einsum("ngi,ngo->gio", rows[inputs], grads[outputs]))
-    return torch.stack(found).to(x.dtype)
+        torch.sum(rows[inputs].unsqueeze(3) * grads[outputs].unsqueeze(2), 0, out=each)
+    return found.to(x.dtype)
 
 
 def _pairs(neighbors: Tensor, tap: int) -> tuple[Tensor, Tensor]:
