@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .kernel_map import MadeBy
 
 LARGEST_KEY = 1 << 62
 LARGEST_DIMENSIONS = 4
@@ -29,6 +33,9 @@ class Keys:
 
 class Coordinates:
     """``N`` different sites of ``batch_size`` grids.
+
+    Immutable, and shared by all tensors at the same sites. What is worked out of them is kept with them: keys, and what
+    :meth:`.kernel_map.KernelMap.of` finds. ``made_by`` is the map of the convolution that these are the outputs of.
 
     Args:
         indices: integer ``(N, 1 + D)`` of rows ``[b, x, y, ...]``, D in 1..4; int32 unless it is already.
@@ -74,6 +81,8 @@ class Coordinates:
             )
         self.indices = indices.to(torch.int32).contiguous()
         self._keys: dict[tuple[int, ...], Keys] = {}
+        self.found: dict[object, Any] = {}
+        self.made_by: MadeBy | None = None
         keys = self.keys((0,) * dimensions)
         twice = (keys.sorted[1:] == keys.sorted[:-1]).nonzero()
         if len(twice):
@@ -88,7 +97,7 @@ class Coordinates:
         """Without checks: int32 rows that are in the grid, and different."""
         made = cls.__new__(cls)
         made.indices, made.spatial_shape, made.batch_size, made.stride = indices, spatial_shape, batch_size, stride
-        made._keys = {}
+        made._keys, made.found, made.made_by = {}, {}, None
         return made
 
     def __len__(self) -> int:
@@ -118,6 +127,25 @@ class Coordinates:
         if known is None:
             known = self._keys[margin] = self._order(margin)
         return known
+
+    def find(self, indices: Tensor) -> Tensor:
+        """The row of each of ``indices`` int ``(M, 1 + D)``, int64 ``(M,)``, -1 for sites that are not there."""
+        keys = self.keys((0,) * self.dimensions)
+        limits = torch.tensor((self.batch_size, *self.spatial_shape), device=self.device)
+        inside = ((indices >= 0) & (indices < limits)).all(1)
+        if not len(self):
+            return torch.full((len(indices),), -1, device=self.device)
+        wanted = (indices.long() * torch.tensor(keys.steps, device=self.device)).sum(1)
+        at = torch.searchsorted(keys.sorted, wanted).clamp_(max=len(self) - 1)
+        rows = at if keys.order is None else keys.order[at]
+        return torch.where(inside & (keys.sorted[at] == wanted), rows, -1)
+
+    def to(self, device: torch.device | str) -> Coordinates:
+        """On another device; the same object where it is there already."""
+        moved = self.indices.to(device)
+        if moved is self.indices:
+            return self
+        return Coordinates.known(moved, self.spatial_shape, self.batch_size, self.stride)
 
     def _order(self, margin: tuple[int, ...]) -> Keys:
         sizes = [size + 2 * more for size, more in zip(self.spatial_shape, margin, strict=True)]

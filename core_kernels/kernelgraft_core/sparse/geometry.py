@@ -100,25 +100,68 @@ class ConvGeometry:
             raise ValueError(f"kernel_size {self.kernel_size} with padding {self.padding} does not fit {spatial_shape}")
         return shape
 
+    def transposed_shape(self, spatial_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The least grid whose shape this convolution takes to ``spatial_shape``.
+
+        Raises:
+            ValueError: there is none; padding is too large.
+        """
+        sizes = zip(spatial_shape, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        shape = tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes)
+        if any(n < 1 for n in shape):
+            raise ValueError(f"padding {self.padding} leaves nothing of a transposed convolution of {spatial_shape}")
+        return shape
+
     def out_coordinates(self, inputs: Coordinates) -> Coordinates:
         """The sites of all outputs that read an input; those of the inputs for a submanifold convolution."""
         if self.submanifold:
             return inputs
         shape = self.out_shape(inputs.spatial_shape)
-        indices, strides = inputs.indices, torch.tensor(self.stride, dtype=torch.int32, device=inputs.device)
-        limits = torch.tensor(shape, dtype=torch.int32, device=inputs.device)
-        weights = [1]
-        for size in reversed(shape):
-            weights.insert(0, weights[0] * size)
-        found = []
+        strides = torch.tensor(self.stride, dtype=torch.int32, device=inputs.device)
+        reached = []
         for tap in self.taps():
-            moved = indices[:, 1:] - torch.tensor(tap, dtype=torch.int32, device=inputs.device)
+            moved = inputs.indices[:, 1:] - torch.tensor(tap, dtype=torch.int32, device=inputs.device)
             site = torch.div(moved, strides, rounding_mode="floor")
-            inside = ((site * strides == moved) & (site >= 0) & (site < limits)).all(1)
-            rows = torch.cat((indices[:, :1], site), 1)[inside].long()
-            found.append((rows * torch.tensor(weights, device=inputs.device)).sum(1))
-        keys = torch.cat(found).unique()
-        return Coordinates.known(_unpack(keys, weights), shape, inputs.batch_size, _product(inputs.stride, self.stride))
+            reached.append((site, (site * strides == moved).all(1)))
+        stride = tuple(a * b for a, b in zip(inputs.stride, self.stride, strict=True))
+        return _sites(inputs, reached, shape, stride)
+
+    def transposed_coordinates(self, inputs: Coordinates, out_shape: tuple[int, ...] | None = None) -> Coordinates:
+        """The sites of all outputs of the transposed convolution that read an input.
+
+        Raises:
+            ValueError: this convolution does not take ``out_shape`` to the shape of the inputs' grid.
+        """
+        shape = self.transposed_shape(inputs.spatial_shape) if out_shape is None else out_shape
+        if out_shape is not None and self.out_shape(out_shape) != inputs.spatial_shape:
+            raise ValueError(f"out_shape is {out_shape}, which the convolution takes to {self.out_shape(out_shape)}, "
+                             f"not to {inputs.spatial_shape}")  # fmt: skip
+        strides = torch.tensor(self.stride, dtype=torch.int32, device=inputs.device)
+        every = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+        sites = inputs.indices[:, 1:] * strides
+        reached = [(sites + torch.tensor(tap, dtype=torch.int32, device=inputs.device), every) for tap in self.taps()]
+        stride = tuple(max(1, a // b) for a, b in zip(inputs.stride, self.stride, strict=True))
+        return _sites(inputs, reached, shape, stride)
+
+
+def _sites(
+    inputs: Coordinates, reached: list[tuple[Tensor, Tensor]], shape: tuple[int, ...], stride: tuple[int, ...]
+) -> Coordinates:
+    """Those in a grid of ``shape``, each once, in order.
+
+    ``reached``: sites for every input, and which of them count.
+    """
+    limits = torch.tensor(shape, dtype=torch.int32, device=inputs.device)
+    weights = [1]
+    for size in reversed(shape):
+        weights.insert(0, weights[0] * size)
+    steps = torch.tensor(weights, device=inputs.device)
+    found = [steps.new_empty(0)]
+    for site, counts in reached:
+        inside = counts & ((site >= 0) & (site < limits)).all(1)
+        rows = torch.cat((inputs.indices[:, :1], site), 1)[inside].long()
+        found.append((rows * steps).sum(1))
+    return Coordinates.known(_unpack(torch.cat(found).unique(), weights), shape, inputs.batch_size, stride)
 
 
 def _unpack(keys: Tensor, weights: list[int]) -> Tensor:
@@ -127,7 +170,3 @@ def _unpack(keys: Tensor, weights: list[int]) -> Tensor:
         columns.append(torch.div(keys, weight, rounding_mode="floor"))
         keys = keys - columns[-1] * weight
     return torch.stack(columns, 1).to(torch.int32)
-
-
-def _product(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(x * y for x, y in zip(a, b, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -10,41 +11,92 @@ from torch import Tensor
 
 from .coordinates import Coordinates, Keys
 from .geometry import ConvGeometry
-from .maps.ops import sparse_neighbors
+from .maps.exchanged import exchanged
+from .maps.ops import sparse_neighbors, sparse_transpose
 
 
 @dataclass(frozen=True, eq=False)
 class KernelMap:
-    """Immutable; made by :meth:`build`, kept with the coordinates and shared by all layers of the same geometry.
+    """Immutable; made by :meth:`of`, kept with the coordinates of its inputs and shared by all layers of its geometry.
 
     Attributes:
         geometry: of the convolution.
         inputs, outputs: their sites.
         neighbors: int32 ``(N_out, K)``, the input row that each output reads by each tap, -1 where there is none.
+        transposed: whether it is that of a transposed convolution: input ``i`` is read by output
+            ``i * stride - padding + k * dilation``.
     """
 
     geometry: ConvGeometry
     inputs: Coordinates
     outputs: Coordinates
     neighbors: Tensor
+    transposed: bool = False
 
     @classmethod
-    def build(cls, geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates | None = None) -> KernelMap:
-        """The map of a convolution.
+    def of(
+        cls,
+        geometry: ConvGeometry,
+        inputs: Coordinates,
+        outputs: Coordinates | None = None,
+        transposed: bool = False,
+        out_shape: tuple[int, ...] | None = None,
+    ) -> KernelMap:
+        """The map of a convolution; the one that was made before, where there is one.
 
         Args:
             outputs: sites to compute; by default all that read an input.
+            out_shape: of the grid of outputs of a transposed convolution, whose size is not settled by that of the
+                input; by default the least.
 
         Raises:
             ValueError: dimensions, grids or devices do not belong together.
         """
         if geometry.dimensions != inputs.dimensions:
             raise ValueError(f"the convolution has {geometry.dimensions} dimensions, coordinates {inputs.dimensions}")
-        given = outputs is not None
-        outputs = geometry.out_coordinates(inputs) if outputs is None else outputs
-        if outputs.dimensions != inputs.dimensions or outputs.device != inputs.device:
+        if outputs is not None and (outputs.dimensions != inputs.dimensions or outputs.device != inputs.device):
             raise ValueError(f"outputs are {outputs}, inputs {inputs}: dimensions and devices differ")
-        return cls(geometry, inputs, outputs, _neighbors(geometry, inputs, outputs, given))
+        if outputs is not None and outputs.batch_size != inputs.batch_size:
+            raise ValueError(f"outputs have batch_size {outputs.batch_size}, inputs {inputs.batch_size}")
+        if outputs is None and not geometry.submanifold:
+            return cls._with_outputs(geometry, inputs, transposed, out_shape)
+        outputs = inputs if outputs is None else outputs
+        # With the outputs, and without holding the inputs: nothing here refers to itself, so that memory is given back
+        # as soon as a network is done with it.
+        key = geometry, transposed, id(inputs)
+        source, neighbors = outputs.found.get(key, (None, None))
+        if source is None or source() is not inputs:
+            neighbors = _neighbors_of(geometry, inputs, outputs, transposed)
+            outputs.found[key] = weakref.ref(inputs), neighbors
+        return cls(geometry, inputs, outputs, neighbors, transposed)
+
+    @classmethod
+    def _with_outputs(
+        cls, geometry: ConvGeometry, inputs: Coordinates, transposed: bool, out_shape: tuple[int, ...] | None
+    ) -> KernelMap:
+        key = geometry, transposed, out_shape
+        made: Coordinates | None = inputs.found.get(key, lambda: None)()
+        if made is None:
+            if transposed:
+                made = geometry.transposed_coordinates(inputs, out_shape)
+            else:
+                made = geometry.out_coordinates(inputs)
+            neighbors = _neighbors_of(geometry, inputs, made, transposed)
+            made.made_by = MadeBy(geometry, inputs, neighbors, transposed)
+            inputs.found[key] = weakref.ref(made)
+        assert made.made_by is not None
+        return made.made_by.map_to(made)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether an input that an output reads by tap ``k`` is an output that reads it by tap ``K - 1 - k``."""
+        return self.geometry.mirrored and self.outputs is self.inputs
+
+    @property
+    def inverse(self) -> KernelMap:
+        """With inputs and outputs exchanged: for the layer that undoes the change of sites of this one's."""
+        neighbors = exchanged(self.neighbors, len(self.inputs))
+        return KernelMap(self.geometry, self.outputs, self.inputs, neighbors, not self.transposed)
 
     @functools.cached_property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,22 +107,28 @@ class KernelMap:
         starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         return columns[tap, output], output.to(torch.int32), starts
 
-    @functools.cached_property
-    def transposed(self) -> Tensor:
-        """int32 ``(N_in, K)``: the output row that reads each input by each tap, -1 where none does.
 
-        No two outputs read one input by the same tap.
-        """
-        if self.geometry.mirrored and self.outputs is self.inputs:
-            return self.neighbors.flip(1)
-        found = self.neighbors.new_full((len(self.inputs), self.geometry.volume), -1)
-        inputs, outputs, starts = self.pairs
-        tap = torch.repeat_interleave(starts.diff())
-        found[inputs.long(), tap] = outputs
-        return found
+@dataclass(frozen=True, eq=False)
+class MadeBy:
+    """What coordinates are the outputs of: a :class:`KernelMap` that does not hold them."""
+
+    geometry: ConvGeometry
+    inputs: Coordinates
+    neighbors: Tensor
+    transposed: bool
+
+    def map_to(self, outputs: Coordinates) -> KernelMap:
+        """The map to those coordinates."""
+        return KernelMap(self.geometry, self.inputs, outputs, self.neighbors, self.transposed)
 
 
-def _neighbors(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates, given: bool) -> Tensor:
+def _neighbors_of(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates, transposed: bool) -> Tensor:
+    if transposed:
+        return sparse_transpose(_neighbors(geometry, outputs, inputs), len(outputs))
+    return _neighbors(geometry, inputs, outputs)
+
+
+def _neighbors(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates) -> Tensor:
     taps = geometry.taps()
     # As far as an output of the grid reads beyond it.
     shapes = zip(zip(*taps, strict=True), geometry.stride, outputs.spatial_shape, inputs.spatial_shape, strict=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
 from kernelgraft_core.runtime.threads import Launch, Phase
+from kernelgraft_core.sparse.maps.exchanged import exchanged
 
 from . import reference
 
@@ -38,7 +39,6 @@ class Pairs:
 
 
 _pairs: Derived[Pairs] = Derived()
-_transposed: Derived[Tensor] = Derived()
 
 
 def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool) -> Tensor:
@@ -49,8 +49,7 @@ def sparse_conv_dgrad(grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int
     swapped = weight.transpose(2, 3)
     if symmetric:
         return _convolve(grad, swapped, None, neighbors, backwards=True)
-    known = _transposed.of((neighbors,), lambda: transpose(neighbors, rows))
-    return _convolve(grad, swapped, None, known, backwards=False)
+    return _convolve(grad, swapped, None, exchanged(neighbors, rows), backwards=False)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, backwards: bool) -> Tensor:
@@ -69,8 +68,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor,
         pairs.starts.data_ptr(), int(backwards), groups, cin, padded, single.data_ptr(), weights.data_ptr(),
         0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles,
     )  # fmt: skip
-    whole: Tensor = out.unflatten(1, (groups, padded))[..., :cout].reshape(len(neighbors), groups * cout)
-    return whole.to(x.dtype)
+    whole: Tensor = out.unflatten(1, (groups, padded))[..., :cout].to(x.dtype).contiguous()
+    return whole.flatten(1)
 
 
 def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int) -> Tensor:
@@ -110,14 +109,6 @@ def make_pairs(neighbors: Tensor) -> Pairs:
             *told, starts.data_ptr(), inputs.data_ptr(), outputs.data_ptr()
         )
     return Pairs(taps, tiles, inputs, outputs, starts)
-
-
-def transpose(neighbors: Tensor, rows: int) -> Tensor:
-    """Of a map ``(N_out, K)``, the output that reads each of ``rows`` inputs by each tap, int32, -1 where none does."""
-    found = neighbors.new_full((rows, neighbors.shape[1]), -1)
-    outputs, taps = (neighbors >= 0).nonzero(as_tuple=True)
-    found[neighbors[outputs, taps].long(), taps] = outputs.to(torch.int32)
-    return found
 
 
 def supports_sparse_conv(x: Tensor, *_: object) -> str | None:

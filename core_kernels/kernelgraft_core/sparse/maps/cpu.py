@@ -42,6 +42,18 @@ def sparse_neighbors(
     return found
 
 
+def sparse_transpose(neighbors: Tensor, rows: int) -> Tensor:
+    from . import cpu_kernels as kernels
+
+    neighbors, taps = neighbors.contiguous(), neighbors.shape[1]
+    found = torch.full((rows, taps), -1, dtype=torch.int32)
+    if len(neighbors):
+        Launch(Phase(kernels.transpose.address, len(neighbors), GRAIN))(
+            taps, neighbors.data_ptr(), len(neighbors), found.data_ptr(), rows
+        )
+    return found
+
+
 @functools.lru_cache(maxsize=256)
 def _launch(rows: int, mirrored: bool) -> Launch:
     from . import cpu_kernels as kernels
@@ -52,3 +64,6 @@ def _launch(rows: int, mirrored: bool) -> Launch:
 
 def supports_sparse_neighbors(*_: object) -> str | None:
     return None if importlib.util.find_spec("numba") else "numba is not installed"
+
+
+supports_sparse_transpose = supports_sparse_neighbors

@@ -88,3 +88,20 @@ def find_mirrored(start: int, stop: int, args: Any) -> None:
                     if line < middle:
                         found[other * volume + volume - 1 - tap] = np.int32(row)
                 j += 1
+
+
+# What a launch tells the kernel that exchanges inputs and outputs.
+(_, T_TAPS, T_NEIGHBORS, T_ROWS, T_FOUND, T_FOUND_ROWS) = range(6)
+
+
+@cpu_kernel()
+def transpose(start: int, stop: int, args: Any) -> None:
+    """Outputs ``start`` to ``stop``: none of them writes what another one does."""
+    taps = args[T_TAPS]
+    neighbors = numba.carray(pointer(args[T_NEIGHBORS]), (args[T_ROWS] * taps,), np.int32)
+    found = numba.carray(pointer(args[T_FOUND]), (args[T_FOUND_ROWS] * taps,), np.int32)
+    for i in range(start, stop):
+        for k in range(taps):
+            other = neighbors[i * taps + k]
+            if other >= 0:
+                found[other * taps + k] = np.int32(i)

@@ -27,6 +27,40 @@ NEIGHBORS.register(
     )
 )
 
+TRANSPOSE = Op(
+    "sparse_transpose(Tensor neighbors, SymInt rows) -> Tensor",
+    fake=lambda neighbors, rows: neighbors.new_empty((rows, neighbors.shape[1])),
+)
+TRANSPOSE.register(Implementation("reference", reference.sparse_transpose, ("cpu", "cuda")))
+TRANSPOSE.register(
+    Implementation(
+        "cpu",
+        deferred("kernelgraft_core.sparse.maps.cpu", "sparse_transpose"),
+        ("cpu",),
+        10,
+        deferred("kernelgraft_core.sparse.maps.cpu", "supports_sparse_transpose"),
+    )
+)
+
+
+def sparse_transpose(neighbors: Tensor, rows: int) -> Tensor:
+    """Exchange inputs and outputs of a kernel map.
+
+    Args:
+        neighbors: int32 ``(N_out, K)`` input rows, -1 for none; no two outputs read one input by the same tap.
+        rows: N_in.
+
+    Returns:
+        int32 ``(N_in, K)``: the output that reads each input by each tap, -1 where none does.
+
+    Raises:
+        ValueError: the shape or dtype is wrong.
+    """
+    if neighbors.dtype != torch.int32 or neighbors.dim() != 2:
+        raise ValueError(f"neighbors is {neighbors.dtype} {tuple(neighbors.shape)}, expected torch.int32 (N_out, K)")
+    out: Tensor = TRANSPOSE(neighbors, rows)
+    return out
+
 
 def sparse_neighbors(
     in_keys: Tensor,

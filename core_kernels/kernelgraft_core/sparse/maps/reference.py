@@ -30,3 +30,10 @@ def sparse_neighbors(
     placed = torch.empty_like(found)
     placed[out_order] = found
     return placed
+
+
+def sparse_transpose(neighbors: Tensor, rows: int) -> Tensor:
+    found = neighbors.new_full((rows, neighbors.shape[1]), -1)
+    outputs, taps = (neighbors >= 0).nonzero(as_tuple=True)
+    found[neighbors[outputs, taps].long(), taps] = outputs.to(torch.int32)
+    return found
