@@ -135,7 +135,7 @@ class Coordinates:
         inside = ((indices >= 0) & (indices < limits)).all(1)
         if not len(self):
             return torch.full((len(indices),), -1, device=self.device)
-        wanted = (indices.long() * torch.tensor(keys.steps, device=self.device)).sum(1)
+        wanted = grid_keys(indices, keys.steps)
         at = torch.searchsorted(keys.sorted, wanted).clamp_(max=len(self) - 1)
         rows = at if keys.order is None else keys.order[at]
         return torch.where(inside & (keys.sorted[at] == wanted), rows, -1)
@@ -149,25 +149,45 @@ class Coordinates:
 
     def _order(self, margin: tuple[int, ...]) -> Keys:
         sizes = [size + 2 * more for size, more in zip(self.spatial_shape, margin, strict=True)]
-        steps = [1]
-        for size in reversed(sizes):
-            steps.insert(0, steps[0] * size)
-        if steps[0] * max(1, self.batch_size) >= LARGEST_KEY:
-            raise ValueError(
-                f"batch_size = {self.batch_size} and spatial_shape = {self.spatial_shape} with margins {margin} have "
-                f"{steps[0] * self.batch_size} sites, more than 2^62"
-            )
+        steps = grid_steps(sizes, self.batch_size)
         offset = sum(step * more for step, more in zip(steps[1:], margin, strict=True))
-        keys = (
-            self.indices.long() @ torch.tensor(steps, device=self.device)
-            if self.device.type == "cpu"
-            else (self.indices.long() * torch.tensor(steps, device=self.device)).sum(1)
-        )
+        keys = grid_keys(self.indices, steps)
         keys += offset
         if bool((keys[1:] > keys[:-1]).all()):
-            return Keys(keys, None, tuple(steps))
+            return Keys(keys, None, steps)
         sorted_keys, order = keys.sort()
-        return Keys(sorted_keys, order, tuple(steps))
+        return Keys(sorted_keys, order, steps)
+
+
+def grid_steps(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """How much a coordinate of each axis counts in the number of a site, the batch first.
+
+    Raises:
+        ValueError: there are more sites than numbers.
+    """
+    steps = [1]
+    for size in reversed(sizes):
+        steps.insert(0, steps[0] * size)
+    if steps[0] * max(1, batch_size) >= LARGEST_KEY:
+        raise ValueError(f"{batch_size} grids of {tuple(sizes)} have {steps[0] * batch_size} sites, more than 2^62")
+    return tuple(steps)
+
+
+def grid_keys(indices: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """The numbers int64 ``(N,)`` of sites ``(N, 1 + D)``."""
+    keys = indices[:, 0].long() * steps[0]
+    for axis, step in enumerate(steps[1:], 1):
+        keys += indices[:, axis].long() * step
+    return keys
+
+
+def grid_sites(keys: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """The sites int32 ``(N, 1 + D)`` of numbers."""
+    columns = []
+    for step in steps:
+        columns.append(torch.div(keys, step, rounding_mode="floor"))
+        keys = keys - columns[-1] * step
+    return torch.stack(columns, 1).to(torch.int32)
 
 
 def per_axis(name: str, value: int | Sequence[int], dimensions: int, least: int = 1) -> tuple[int, ...]:

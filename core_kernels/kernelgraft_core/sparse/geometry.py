@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .coordinates import Coordinates, per_axis
+from .coordinates import Coordinates, grid_keys, grid_sites, grid_steps, per_axis
 
 LARGEST_VOLUME = 4096
 
@@ -152,21 +152,9 @@ def _sites(
     ``reached``: sites for every input, and which of them count.
     """
     limits = torch.tensor(shape, dtype=torch.int32, device=inputs.device)
-    weights = [1]
-    for size in reversed(shape):
-        weights.insert(0, weights[0] * size)
-    steps = torch.tensor(weights, device=inputs.device)
-    found = [steps.new_empty(0)]
+    steps = grid_steps(shape, inputs.batch_size)
+    found = [torch.empty(0, dtype=torch.int64, device=inputs.device)]
     for site, counts in reached:
         inside = counts & ((site >= 0) & (site < limits)).all(1)
-        rows = torch.cat((inputs.indices[:, :1], site), 1)[inside].long()
-        found.append((rows * steps).sum(1))
-    return Coordinates.known(_unpack(torch.cat(found).unique(), weights), shape, inputs.batch_size, stride)
-
-
-def _unpack(keys: Tensor, weights: list[int]) -> Tensor:
-    columns = []
-    for weight in weights:
-        columns.append(torch.div(keys, weight, rounding_mode="floor"))
-        keys = keys - columns[-1] * weight
-    return torch.stack(columns, 1).to(torch.int32)
+        found.append(grid_keys(torch.cat((inputs.indices[:, :1], site), 1)[inside], steps))
+    return Coordinates.known(grid_sites(torch.cat(found).unique(), steps), shape, inputs.batch_size, stride)
