@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .grids import grid_keys, grid_steps
+from .maps.ops import sparse_keys, sparse_sort
+
 if TYPE_CHECKING:
     from .kernel_map import MadeBy
 
-LARGEST_KEY = 1 << 62
 LARGEST_DIMENSIONS = 4
 
 
@@ -150,44 +152,12 @@ class Coordinates:
     def _order(self, margin: tuple[int, ...]) -> Keys:
         sizes = [size + 2 * more for size, more in zip(self.spatial_shape, margin, strict=True)]
         steps = grid_steps(sizes, self.batch_size)
+        if not any(margin):
+            return Keys(*sparse_sort(self.indices, steps), steps)
+        # The order is the same for every margin.
+        order = self.keys((0,) * self.dimensions).order
         offset = sum(step * more for step, more in zip(steps[1:], margin, strict=True))
-        keys = grid_keys(self.indices, steps)
-        keys += offset
-        if bool((keys[1:] > keys[:-1]).all()):
-            return Keys(keys, None, steps)
-        sorted_keys, order = keys.sort()
-        return Keys(sorted_keys, order, steps)
-
-
-def grid_steps(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
-    """How much a coordinate of each axis counts in the number of a site, the batch first.
-
-    Raises:
-        ValueError: there are more sites than numbers.
-    """
-    steps = [1]
-    for size in reversed(sizes):
-        steps.insert(0, steps[0] * size)
-    if steps[0] * max(1, batch_size) >= LARGEST_KEY:
-        raise ValueError(f"{batch_size} grids of {tuple(sizes)} have {steps[0] * batch_size} sites, more than 2^62")
-    return tuple(steps)
-
-
-def grid_keys(indices: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """The numbers int64 ``(N,)`` of sites ``(N, 1 + D)``."""
-    keys = indices[:, 0].long() * steps[0]
-    for axis, step in enumerate(steps[1:], 1):
-        keys += indices[:, axis].long() * step
-    return keys
-
-
-def grid_sites(keys: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """The sites int32 ``(N, 1 + D)`` of numbers."""
-    columns = []
-    for step in steps:
-        columns.append(torch.div(keys, step, rounding_mode="floor"))
-        keys = keys - columns[-1] * step
-    return torch.stack(columns, 1).to(torch.int32)
+        return Keys(sparse_keys(self.indices, order, steps, offset), order, steps)
 
 
 def per_axis(name: str, value: int | Sequence[int], dimensions: int, least: int = 1) -> tuple[int, ...]:

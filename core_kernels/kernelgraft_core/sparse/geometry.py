@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .coordinates import Coordinates, grid_keys, grid_sites, grid_steps, per_axis
+from .coordinates import Coordinates, per_axis
+from .grids import grid_keys, grid_sites, grid_steps
 
 LARGEST_VOLUME = 4096
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .coordinates import Coordinates, Keys
 from .geometry import ConvGeometry
 from .maps.exchanged import exchanged
-from .maps.ops import sparse_neighbors, sparse_transpose
+from .maps.ops import sparse_keys, sparse_neighbors, sparse_transpose
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +137,8 @@ def _neighbors(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates
         for axis, step, out_size, in_size in shapes
     )
     in_keys = inputs.keys(margin)
-    mirrored = geometry.mirrored and outputs is inputs
-    out_keys = in_keys if mirrored else _in_grid_of(in_keys, margin, geometry, outputs)
+    same = geometry.submanifold and outputs is inputs
+    out_keys = in_keys if same else _in_grid_of(in_keys, margin, geometry, outputs)
     steps, size = in_keys.steps[1:], geometry.kernel_size[-1]
     lines = [sum(step * at for step, at in zip(steps, tap, strict=True)) for tap in taps[::size]]
     return sparse_neighbors(
@@ -149,16 +149,14 @@ def _neighbors(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates
         lines,
         size,
         geometry.dilation[-1] * steps[-1],
-        mirrored,
     )
 
 
 def _in_grid_of(in_keys: Keys, margin: tuple[int, ...], geometry: ConvGeometry, outputs: Coordinates) -> Keys:
     """Where the tap at 0 of each output reads, as keys of the inputs' grid."""
     scaled = [step * stride for step, stride in zip(in_keys.steps[1:], geometry.stride, strict=True)]
-    steps = torch.tensor((in_keys.steps[0], *scaled), device=outputs.device)
+    steps = in_keys.steps[0], *scaled
     offset = sum(step * more for step, more in zip(in_keys.steps[1:], margin, strict=True))
     order = outputs.keys((0,) * outputs.dimensions).order
-    rows = outputs.indices if order is None else outputs.indices[order]
     # Strides are positive: the order of the outputs is that of what they read.
-    return Keys((rows.long() * steps).sum(1) + offset, order, tuple(steps.tolist()))
+    return Keys(sparse_keys(outputs.indices, order, steps, offset), order, steps)

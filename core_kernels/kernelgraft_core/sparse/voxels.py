@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .coordinates import Coordinates, grid_keys, grid_sites, grid_steps
+from .coordinates import Coordinates
+from .grids import grid_keys, grid_sites, grid_steps
 from .tensor import SparseTensor
 
 LARGEST_SITE = (1 << 31) - 1

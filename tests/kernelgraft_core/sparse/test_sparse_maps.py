@@ -183,6 +183,6 @@ def test_what_does_not_belong_together_is_refused():
         KernelMap.of(ConvGeometry.of(3, 12), sites)
     keys = torch.arange(3)
     with pytest.raises(ValueError, match=r"in_keys is torch\.int32"):
-        sparse_neighbors(keys.int(), None, keys, None, [0], 1, 1, False)
+        sparse_neighbors(keys.int(), None, keys, None, [0], 1, 1)
     with pytest.raises(ValueError, match="0 lines of 1 taps"):
-        sparse_neighbors(keys, None, keys, None, [], 1, 1, False)
+        sparse_neighbors(keys, None, keys, None, [], 1, 1)

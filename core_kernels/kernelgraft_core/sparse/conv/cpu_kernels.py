@@ -47,25 +47,25 @@ def count_pairs(start: int, stop: int, args: Any) -> None:
 
 @cpu_kernel()
 def fill_pairs(start: int, stop: int, args: Any) -> None:
-    """Write those pairs, tap by tap; the arrays have room for one more."""
+    """Write those pairs, tap by tap."""
     taps, tile, rows = args[P_TAPS], args[P_TILE_ROWS], args[P_ROWS]
-    place = np.empty(taps, np.int64)
     for t in range(start, stop):
         starts = numba.carray(pointer(args[P_STARTS] + 8 * t * taps), (taps + 1,), np.int64)
-        place[:] = starts[:taps]
         first, last = t * tile, min(rows, (t + 1) * tile)
         neighbors = numba.carray(pointer(args[P_NEIGHBORS] + 4 * first * taps), (last - first, taps), np.int32)
         end = starts[taps]
         inputs = numba.carray(pointer(args[P_INPUTS]), (end,), np.int32)
         outputs = numba.carray(pointer(args[P_OUTPUTS]), (end,), np.int32)
-        for i in range(last - first):
-            for k in range(taps):
+        for k in range(taps):
+            at, full = starts[k], starts[k + 1]
+            i = 0
+            # Every row is written, and the place moves on where it counts: no branch to guess wrong.
+            while at < full:
                 other = neighbors[i, k]
-                if other >= 0:
-                    at = place[k]
-                    inputs[at] = other
-                    outputs[at] = np.int32(first + i)
-                    place[k] = at + 1
+                inputs[at] = other
+                outputs[at] = np.int32(first + i)
+                at += np.int64(other >= 0)
+                i += 1
 
 
 @functools.cache

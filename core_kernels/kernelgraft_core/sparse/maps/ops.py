@@ -9,38 +9,68 @@ from kernelgraft_core.runtime.op import Implementation, Op, deferred
 
 from . import reference
 
+
+def _fake_sort(sites: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
+    # No rows of an order where sites are in order already: only the data tell.
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return sites.new_empty((sites.shape[0],), dtype=torch.int64), sites.new_empty((rows,), dtype=torch.int64)
+
+
 NEIGHBORS = Op(
     "sparse_neighbors(Tensor in_keys, Tensor? in_order, Tensor out_keys, Tensor? out_order, int[] lines, int taps,"
-    " int apart, bool mirrored) -> Tensor",
-    fake=lambda in_keys, in_order, out_keys, out_order, lines, taps, apart, mirrored: out_keys.new_empty(
+    " int apart) -> Tensor",
+    fake=lambda in_keys, in_order, out_keys, out_order, lines, taps, apart: out_keys.new_empty(
         (out_keys.shape[0], len(lines) * taps), dtype=torch.int32
     ),
 )
-NEIGHBORS.register(Implementation("reference", reference.sparse_neighbors, ("cpu", "cuda")))
-NEIGHBORS.register(
-    Implementation(
-        "cpu",
-        deferred("kernelgraft_core.sparse.maps.cpu", "sparse_neighbors"),
-        ("cpu",),
-        10,
-        deferred("kernelgraft_core.sparse.maps.cpu", "supports_sparse_neighbors"),
-    )
-)
-
 TRANSPOSE = Op(
     "sparse_transpose(Tensor neighbors, SymInt rows) -> Tensor",
     fake=lambda neighbors, rows: neighbors.new_empty((rows, neighbors.shape[1])),
 )
-TRANSPOSE.register(Implementation("reference", reference.sparse_transpose, ("cpu", "cuda")))
-TRANSPOSE.register(
-    Implementation(
-        "cpu",
-        deferred("kernelgraft_core.sparse.maps.cpu", "sparse_transpose"),
-        ("cpu",),
-        10,
-        deferred("kernelgraft_core.sparse.maps.cpu", "supports_sparse_transpose"),
-    )
+SORT = Op("sparse_sort(Tensor sites, int[] steps) -> (Tensor, Tensor)", fake=_fake_sort)
+KEYS = Op(
+    "sparse_keys(Tensor sites, Tensor? order, int[] steps, int offset) -> Tensor",
+    fake=lambda sites, order, steps, offset: sites.new_empty((sites.shape[0],), dtype=torch.int64),
 )
+for _op in (NEIGHBORS, TRANSPOSE, SORT, KEYS):
+    _op.register(Implementation("reference", getattr(reference, _op.name), ("cpu", "cuda")))
+    _cpu = (deferred("kernelgraft_core.sparse.maps.cpu", name) for name in (_op.name, f"supports_{_op.name}"))
+    _op.register(Implementation("cpu", next(_cpu), ("cpu",), 10, next(_cpu)))
+
+
+def sparse_sort(sites: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Sites in the order of their numbers.
+
+    Args:
+        sites: int32 ``(N, 1 + D)``, none negative.
+        steps: how much a coordinate of each axis counts.
+
+    Returns:
+        int64 ``(N,)``, ascending, and the row of each, int64 ``(N,)``; None where rows are in that order already and no
+        number comes twice.
+
+    Raises:
+        ValueError: the shape or dtype is wrong.
+    """
+    _check_sites(sites, steps)
+    keys, order = SORT(sites, list(steps))
+    return keys, order if len(order) else None
+
+
+def sparse_keys(sites: Tensor, order: Tensor | None, steps: tuple[int, ...], offset: int = 0) -> Tensor:
+    """The numbers of sites, int64 ``(N,)``, plus ``offset``, those of row ``order[i]`` at place ``i``.
+
+    Raises:
+        ValueError: the shape or dtype is wrong.
+    """
+    _check_sites(sites, steps)
+    keys: Tensor = KEYS(sites, order, list(steps), offset)
+    return keys
+
+
+def _check_sites(sites: Tensor, steps: tuple[int, ...]) -> None:
+    if sites.dtype != torch.int32 or sites.dim() != 2 or sites.shape[1] != len(steps):
+        raise ValueError(f"sites is {sites.dtype} {tuple(sites.shape)}, expected torch.int32 (N, {len(steps)})")
 
 
 def sparse_transpose(neighbors: Tensor, rows: int) -> Tensor:
@@ -70,7 +100,6 @@ def sparse_neighbors(
     lines: list[int],
     taps: int,
     apart: int,
-    mirrored: bool,
 ) -> Tensor:
     """For every output and tap the input that is read, int32 ``(N_out, len(lines) * taps)``, -1 where there is none.
 
@@ -80,7 +109,6 @@ def sparse_neighbors(
         in_keys: int64 ``(N_in,)``, ascending, no two alike; in_order: int64, the row of each, None for their own order.
         out_keys, out_order: the same of the outputs.
         lines: where each line of taps begins; taps: of a line; apart: between the keys of two.
-        mirrored: inputs and outputs are the same, and the taps symmetric: the last is the first one's opposite.
 
     Raises:
         ValueError: dtypes or sizes do not belong together.
@@ -96,5 +124,5 @@ def sparse_neighbors(
         raise ValueError(f"in_keys is on {in_keys.device}, out_keys on {out_keys.device}")
     if taps < 1 or apart < 1 or not lines:
         raise ValueError(f"there are {len(lines)} lines of {taps} taps, {apart} apart; expected at least 1 of each")
-    out: Tensor = NEIGHBORS(in_keys, in_order, out_keys, out_order, lines, taps, apart, mirrored)
+    out: Tensor = NEIGHBORS(in_keys, in_order, out_keys, out_order, lines, taps, apart)
     return out

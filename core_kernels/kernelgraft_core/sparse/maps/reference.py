@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernelgraft_core.sparse.grids import grid_keys
+
 
 def sparse_neighbors(
     in_keys: Tensor,
@@ -14,7 +16,6 @@ def sparse_neighbors(
     lines: list[int],
     taps: int,
     apart: int,
-    mirrored: bool,
 ) -> Tensor:
     found = torch.full((len(out_keys), len(lines) * taps), -1, dtype=torch.int32, device=out_keys.device)
     if not len(in_keys):
@@ -37,3 +38,15 @@ def sparse_transpose(neighbors: Tensor, rows: int) -> Tensor:
     outputs, taps = (neighbors >= 0).nonzero(as_tuple=True)
     found[neighbors[outputs, taps].long(), taps] = outputs.to(torch.int32)
     return found
+
+
+def sparse_sort(sites: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
+    keys = sparse_keys(sites, None, steps, 0)
+    if bool((keys[1:] > keys[:-1]).all()):
+        return keys, keys.new_empty(0)
+    ordered, order = keys.sort(stable=True)
+    return ordered, order
+
+
+def sparse_keys(sites: Tensor, order: Tensor | None, steps: list[int], offset: int) -> Tensor:
+    return grid_keys(sites if order is None else sites[order], steps).add_(offset)
