@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernelgraft_core.runtime.testing import assert_close, poison_empty
+from kernelgraft_core.sparse.conv import ops, reference
 from kernelgraft_core.sparse.conv.ops import sparse_conv
 from kernelgraft_core.sparse.geometry import ConvGeometry
 from kernelgraft_core.sparse.kernel_map import KernelMap
@@ -280,13 +281,13 @@ torch.manual_seed(0)
 neighbors = torch.randint(-40, 90, (90, 27)).clamp(min=-1).int()
 for cin, cout in ((5, 3), (16, 40), (33, 17)):
     x, weight, bias = torch.randn(90, cin), torch.randn(27, 1, cin, cout), torch.randn(cout)
-    out = cpu.sparse_conv(x, weight, bias, neighbors, False)
+    out = cpu.sparse_conv(x, weight, bias, neighbors, False, "none", "auto")
     exact = reference.sparse_conv(x.double(), weight.double(), bias.double(), neighbors, False)
     assert (out - exact).norm() / exact.norm() < 1e-6, (cin, cout)
-    found = cpu.sparse_conv_wgrad(x, out, neighbors, 1)
+    found = cpu.sparse_conv_wgrad(x, out, neighbors, 1, "auto")
     exact = reference.sparse_conv_wgrad(x.double(), out.double(), neighbors, 1)
     assert (found - exact).norm() / exact.norm() < 1e-6, (cin, cout)
-assert cpu._float_set().isa.name == isa.name
+assert cpu.float_set().isa.name == isa.name
 """
     done = subprocess.run(
         [sys.executable, "-c", script.replace("{isa}", isa)],
@@ -297,3 +298,37 @@ assert cpu._float_set().isa.name == isa.name
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dataflow", ["auto", "implicit_gemm", "gather_scatter", "fetch_on_demand"])
+def test_an_activation_is_what_follows_a_convolution(dtype, dataflow, backend):
+    if backend != "reference" and dataflow not in (
+        "auto",
+        {"cpu": "implicit_gemm", "torch": "gather_scatter"}[backend],
+    ):
+        pytest.skip("another backend's")
+    known = KernelMap.of(ConvGeometry.of(3, 3, 2, 1), random_sites(3))
+    leaves = parts(known.geometry, 6, 9, 1, len(known.inputs), dtype=dtype)
+    grad = torch.randn(len(known.outputs), 9).to(dtype)
+    found = both(sparse_conv(*leaves, known.neighbors, False, "relu", dataflow), leaves, grad)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = both(reference.sparse_conv(*exact, known.neighbors).relu(), exact, grad.double())
+    for name, right, value in zip(("y", "x", "weight", "bias"), wanted, found, strict=True):
+        # Where an output is about 0, half types may take the other side.
+        assert_close(name, right, value, RATIO[dtype] if dtype == torch.float32 else 0.05)
+
+
+def test_each_direction_takes_its_own_dataflow():
+    pytest.importorskip("numba")
+    known = KernelMap.of(ConvGeometry.of(3, 3, submanifold=True), random_sites(3))
+    x, weight, bias = parts(known.geometry, 4, 4, 1, len(known.inputs), dtype=torch.float32)
+    config = "gather_scatter,auto,implicit_gemm"
+    forward = ops.CONV.explain("cpu", x, weight, bias, known.neighbors, True, "none", config)
+    assert forward == {"cpu": "dataflow is gather_scatter", "torch": "runs", "reference": "ready"}
+    taken, before = [], (ops.DGRAD, ops.WGRAD)
+    with pytest.MonkeyPatch.context() as patch:
+        for op in before:
+            patch.setattr(ops, "DGRAD" if op is before[0] else "WGRAD", lambda *a, op=op: taken.append(a[-1]) or op(*a))
+        sparse_conv(x, weight, bias, known.neighbors, True, dataflow=config).sum().backward()
+    assert taken == ["auto", "implicit_gemm"]

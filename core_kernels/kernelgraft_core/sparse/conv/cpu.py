@@ -19,6 +19,7 @@ from kernelgraft_core.runtime.threads import Launch, Phase
 from kernelgraft_core.sparse.maps.exchanged import exchanged
 
 from . import reference
+from .dataflow import ConvConfig, Dataflow
 
 if TYPE_CHECKING:
     from .cpu_tile import FloatSet
@@ -29,10 +30,11 @@ PART_TILES = 8  # tiles whose share of a weight's gradient is summed together, a
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of a kernel map, by tile of output rows and then by tap."""
+    """Pairs of rows by tile of ``tile_rows`` outputs, in there by tap; those of a tap have different outputs."""
 
     taps: int
     tiles: int
+    tile_rows: int
     inputs: Tensor
     outputs: Tensor
     starts: Tensor
@@ -41,51 +43,73 @@ class Pairs:
 _pairs: Derived[Pairs] = Derived()
 
 
-def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool) -> Tensor:
-    return _convolve(x, weight, bias, neighbors, backwards=False)
+def sparse_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool, activation: str, dataflow: str
+) -> Tensor:
+    return _convolve(x, weight, bias, neighbors, relu=activation == "relu")
 
 
-def sparse_conv_dgrad(grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int, symmetric: bool) -> Tensor:
+def sparse_conv_dgrad(
+    grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int, symmetric: bool, dataflow: str
+) -> Tensor:
     swapped = weight.transpose(2, 3)
     if symmetric:
         return _convolve(grad, swapped, None, neighbors, backwards=True)
-    return _convolve(grad, swapped, None, exchanged(neighbors, rows), backwards=False)
+    return _convolve(grad, swapped, None, exchanged(neighbors, rows))
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, backwards: bool) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, backwards: bool = False, relu: bool = False
+) -> Tensor:
     """``backwards``: the last tap of the weight belongs to the first of the map."""
-    known = _float_set()
-    taps, groups, cin, cout = weight.shape
-    padded = -(-cout // known.lanes) * known.lanes
-    if not (len(neighbors) and cin and cout):
-        return reference.sparse_conv(x, weight, bias, neighbors, False)
+    if not (len(neighbors) and weight.shape[2] and weight.shape[3]):
+        return reference.sparse_conv(x, weight, bias, neighbors, activation="relu" if relu else "none")
     pairs = _pairs.of((neighbors,), lambda: make_pairs(neighbors))
+    return multiply(x, weight, bias, pairs, len(neighbors), backwards, relu)
+
+
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Pairs,
+    rows: int,
+    backwards: bool = False,
+    relu: bool = False,
+) -> Tensor:
+    """The sums of the products of pairs, ``(rows, C_out)``; neither rows nor channels are 0."""
+    _, groups, cin, cout = weight.shape
+    padded = -(-cout // float_set().lanes) * float_set().lanes
     single, weights = x.float().contiguous(), _padded(weight.float(), padded)
     added = None if bias is None else _padded(bias.float().view(groups, cout), padded)
-    out = torch.empty(len(neighbors), groups * padded)
+    out = torch.empty(rows, groups * padded)
     _forward_launch(pairs.tiles)(
-        TILE_ROWS, len(neighbors), taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
+        pairs.tile_rows, rows, pairs.taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
         pairs.starts.data_ptr(), int(backwards), groups, cin, padded, single.data_ptr(), weights.data_ptr(),
-        0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles,
+        0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles, int(relu),
     )  # fmt: skip
     whole: Tensor = out.unflatten(1, (groups, padded))[..., :cout].to(x.dtype).contiguous()
     return whole.flatten(1)
 
 
-def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int) -> Tensor:
-    known = _float_set()
-    taps, cin, cout = neighbors.shape[1], x.shape[1] // groups, grad.shape[1] // groups
-    if not (len(neighbors) and cin and cout):
+def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int, dataflow: str) -> Tensor:
+    if not (len(neighbors) and x.shape[1] and grad.shape[1]):
         return reference.sparse_conv_wgrad(x, grad, neighbors, groups)
-    padded = -(-cout // known.lanes) * known.lanes
-    pairs = _pairs.of((neighbors,), lambda: make_pairs(neighbors))
+    return sum_outer(x, grad, _pairs.of((neighbors,), lambda: make_pairs(neighbors)), groups)
+
+
+def sum_outer(x: Tensor, grad: Tensor, pairs: Pairs, groups: int) -> Tensor:
+    """The gradient of a weight, ``(K, G, C_in / G, C_out / G)``; neither rows nor channels are 0."""
+    cin, cout = x.shape[1] // groups, grad.shape[1] // groups
+    padded = -(-cout // float_set().lanes) * float_set().lanes
     # What is summed together depends on the number of tiles alone, so that threads do not change the result.
     parts = max(1, min(64, pairs.tiles // PART_TILES))
     single, grads = x.float().contiguous(), _padded(grad.float().unflatten(1, (groups, cout)), padded)
-    partial = torch.empty(parts, taps, groups, cin, padded)
+    partial = torch.empty(parts, pairs.taps, groups, cin, padded)
     _weight_launch(parts)(
-        TILE_ROWS, len(neighbors), taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(), pairs.starts.data_ptr(),
-        0, groups, cin, padded, single.data_ptr(), 0, 0, grads.data_ptr(), partial.data_ptr(), parts, pairs.tiles,
+        pairs.tile_rows, len(grad), pairs.taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
+        pairs.starts.data_ptr(), 0, groups, cin, padded, single.data_ptr(), 0, 0, grads.data_ptr(),
+        partial.data_ptr(), parts, pairs.tiles, 0,
     )  # fmt: skip
     out: Tensor = partial.sum(0)[..., :cout].to(x.dtype)
     return out.contiguous()
@@ -108,16 +132,26 @@ def make_pairs(neighbors: Tensor) -> Pairs:
         Launch(Phase(kernels.fill_pairs.address, tiles, 4))(
             *told, starts.data_ptr(), inputs.data_ptr(), outputs.data_ptr()
         )
-    return Pairs(taps, tiles, inputs, outputs, starts)
+    return Pairs(taps, tiles, TILE_ROWS, inputs, outputs, starts)
 
 
-def supports_sparse_conv(x: Tensor, *_: object) -> str | None:
+def supports_sparse_conv(x: Tensor, *args: object) -> str | None:
+    return _unsupported(x, ConvConfig.parse(str(args[-1])).forward)
+
+
+def supports_sparse_conv_dgrad(grad: Tensor, *args: object) -> str | None:
+    return _unsupported(grad, Dataflow.parse(str(args[-1])))
+
+
+supports_sparse_conv_wgrad = supports_sparse_conv_dgrad
+
+
+def _unsupported(x: Tensor, dataflow: Dataflow) -> str | None:
     if x.dtype == torch.float64:
-        return "float64 is computed by the reference"
+        return "float64 is left to the other backends"
+    if dataflow.kind not in ("auto", "implicit_gemm"):
+        return f"dataflow is {dataflow}"
     return None if importlib.util.find_spec("numba") else "numba is not installed"
-
-
-supports_sparse_conv_dgrad = supports_sparse_conv_wgrad = supports_sparse_conv
 
 
 def _padded(values: Tensor, last: int) -> Tensor:
@@ -129,18 +163,18 @@ def _padded(values: Tensor, last: int) -> Tensor:
 def _forward_launch(tiles: int) -> Launch:
     from . import cpu_kernels as kernels
 
-    return Launch(Phase(kernels.forward_kernel(_float_set()).address, tiles))
+    return Launch(Phase(kernels.forward_kernel(float_set()).address, tiles))
 
 
 @functools.lru_cache(maxsize=256)
 def _weight_launch(parts: int) -> Launch:
     from . import cpu_kernels as kernels
 
-    return Launch(Phase(kernels.weight_kernel(_float_set()).address, parts))
+    return Launch(Phase(kernels.weight_kernel(float_set()).address, parts))
 
 
 @functools.cache
-def _float_set() -> FloatSet:
+def float_set() -> FloatSet:
     from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
 
     from .cpu_tile import FLOAT_SETS

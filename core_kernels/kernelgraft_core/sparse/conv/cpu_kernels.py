@@ -19,8 +19,8 @@ from .cpu_tile import FLOAT_SETS, FloatSet, add_outer, add_products
 # What a launch tells the kernels: one int64 array, in this order. Pairs of a tile of output rows are kept tap by tap;
 # those of tap k of tile t are PAIR_STARTS[t * TAPS + k] to the next.
 (TASK, TILE_ROWS, OUT_ROWS, TAPS, INPUTS, OUTPUTS, PAIR_STARTS, MIRRORED, GROUPS, IN_CHANNELS, OUT_CHANNELS, X, WEIGHT,
- BIAS, OUT, PARTIAL, PARTS, TILES,
-) = range(18)  # fmt: skip
+ BIAS, OUT, PARTIAL, PARTS, TILES, RELU,
+) = range(19)  # fmt: skip
 
 # numba keeps a compiled kernel until the file that it is written in changes; these generate parts of it.
 GENERATORS = hashlib.sha256(
@@ -119,6 +119,11 @@ def forward_kernel(known: FloatSet) -> Any:
                             which, last_width, inputs, outputs, count, x, x_step, weight + 4 * channel,
                             weight_step, at + 4 * channel, out_step, cin,
                         )  # fmt: skip
+            if args[RELU]:
+                for i in range(last - first):
+                    for channel in range(groups * cout):
+                        value = out[i, channel]
+                        out[i, channel] = value if value > 0 or value != value else np.float32(0)
 
     return convolve
 

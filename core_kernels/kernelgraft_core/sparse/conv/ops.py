@@ -10,14 +10,24 @@ from torch import Tensor
 from kernelgraft_core.runtime.op import Implementation, Op, deferred
 
 from . import reference
+from .dataflow import ConvConfig
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACTIVATIONS = ("none", "relu")
 
 
-def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool = False) -> Tensor:
+def sparse_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    neighbors: Tensor,
+    symmetric: bool = False,
+    activation: str = "none",
+    dataflow: str = "auto",
+) -> Tensor:
     """Sparse convolution: ``y[o] = bias + sum_k x[neighbors[o, k]] @ weight[k]``, channel groups side by side.
 
-    The implicit GEMM of TorchSparse++ (arXiv 2311.12862); products are summed in float32 at least. The result does not
+    The dataflows of TorchSparse++ (arXiv 2311.12862); products are summed in float32 at least. The result does not
     depend on the number of threads.
 
     Args:
@@ -28,6 +38,9 @@ def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tenso
             :class:`~kernelgraft_core.sparse.kernel_map.KernelMap`.
         symmetric: ``neighbors[o, k] == i`` exactly where ``neighbors[i, K - 1 - k] == o``, which spares gradients a
             transposed map.
+        activation: ``"none"``, or ``"relu"`` of the outputs.
+        dataflow: one for all directions or three, as :class:`~.dataflow.ConvConfig` reads them. A backend that does not
+            have it leaves the call to the next.
 
     Returns:
         ``(N_out, C_out)``, contiguous, dtype of ``x``. Differentiable in ``x``, ``weight`` and ``bias``. Under
@@ -46,7 +59,11 @@ def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tenso
         raise ValueError(f"a symmetric map has as many outputs as inputs, not {len(neighbors)} and {len(x)}")
     if neighbors.device != x.device:
         raise ValueError(f"neighbors is on {neighbors.device}, x on {x.device}")
-    out: Tensor = CONV(x, weight, bias, neighbors, symmetric)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, expected one of {ACTIVATIONS}")
+    if dataflow != "auto":
+        dataflow = str(ConvConfig.parse(dataflow))
+    out: Tensor = CONV(x, weight, bias, neighbors, symmetric, activation, dataflow)
     return out
 
 
@@ -73,40 +90,53 @@ def _check_features(name: str, x: Tensor, weight: Tensor, axis: int) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, neighbors, symmetric = inputs
-    ctx.save_for_backward(x, weight, neighbors)
+    x, weight, bias, neighbors, symmetric, activation, dataflow = inputs
+    ctx.save_for_backward(x, weight, neighbors, output if activation == "relu" else None)
     ctx.symmetric, ctx.bias_dtype = symmetric, None if bias is None else bias.dtype
+    ctx.config = ConvConfig.parse(dataflow)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, neighbors = ctx.saved_tensors
+    x, weight, neighbors, positive = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    grad_x = DGRAD(grad, weight, neighbors, x.shape[0], ctx.symmetric) if needs_x else None
-    grad_weight = WGRAD(x, grad, neighbors, weight.shape[1]) if needs_weight else None
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    grad_bias = grad.sum(0, dtype=wide).to(ctx.bias_dtype) if needs_bias else None
-    return grad_x, grad_weight, grad_bias, None, None
+    if positive is not None:
+        grad = grad * (positive > 0)
+    grad_x = grad_weight = grad_bias = None
+    if needs_x:
+        grad_x = DGRAD(grad, weight, neighbors, x.shape[0], ctx.symmetric, str(ctx.config.dgrad))
+    if needs_weight:
+        grad_weight = WGRAD(x, grad, neighbors, weight.shape[1], str(ctx.config.wgrad))
+    if needs_bias:
+        grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 CONV = Op(
-    "sparse_conv(Tensor x, Tensor weight, Tensor? bias, Tensor neighbors, bool symmetric) -> Tensor",
-    fake=lambda x, weight, bias, neighbors, symmetric: x.new_empty(
-        (neighbors.shape[0], weight.shape[1] * weight.shape[3])
-    ),
+    "sparse_conv(Tensor x, Tensor weight, Tensor? bias, Tensor neighbors, bool symmetric, str activation, str dataflow)"
+    " -> Tensor",
+    fake=lambda x, weight, bias, neighbors, *_: x.new_empty((neighbors.shape[0], weight.shape[1] * weight.shape[3])),
     gradient=(_gradients, _save),
     autocast=("x", "weight", "bias"),
 )
 DGRAD = Op(
-    "sparse_conv_dgrad(Tensor grad, Tensor weight, Tensor neighbors, SymInt rows, bool symmetric) -> Tensor",
-    fake=lambda grad, weight, neighbors, rows, symmetric: grad.new_empty((rows, weight.shape[1] * weight.shape[2])),
+    "sparse_conv_dgrad(Tensor grad, Tensor weight, Tensor neighbors, SymInt rows, bool symmetric, str dataflow)"
+    " -> Tensor",
+    fake=lambda grad, weight, neighbors, rows, *_: grad.new_empty((rows, weight.shape[1] * weight.shape[2])),
 )
 WGRAD = Op(
-    "sparse_conv_wgrad(Tensor x, Tensor grad, Tensor neighbors, int groups) -> Tensor",
-    fake=lambda x, grad, neighbors, groups: x.new_empty(
+    "sparse_conv_wgrad(Tensor x, Tensor grad, Tensor neighbors, int groups, str dataflow) -> Tensor",
+    fake=lambda x, grad, neighbors, groups, _: x.new_empty(
         (neighbors.shape[1], groups, x.shape[1] // groups, grad.shape[1] // groups)
     ),
 )
 for _op in (CONV, DGRAD, WGRAD):
     _op.register(Implementation("reference", getattr(reference, _op.name), ("cpu", "cuda")))
-    _cpu = (deferred("kernelgraft_core.sparse.conv.cpu", name) for name in (_op.name, f"supports_{_op.name}"))
-    _op.register(Implementation("cpu", next(_cpu), ("cpu",), 10, next(_cpu)))
+    for _backend, _module, _devices, _priority in (
+        ("torch", "gather", ("cpu", "cuda"), 5),
+        ("cpu", "cpu", ("cpu",), 10),
+        ("triton", "triton", ("cuda",), 10),
+    ):
+        _run, _supports = (
+            deferred(f"kernelgraft_core.sparse.conv.{_module}", name) for name in (_op.name, f"supports_{_op.name}")
+        )
+        _op.register(Implementation(_backend, _run, _devices, _priority, _supports))

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 
-def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool) -> Tensor:
+def sparse_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    neighbors: Tensor,
+    symmetric: bool = False,
+    activation: str = "none",
+    dataflow: str = "auto",
+) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, weights = x.to(wide).unflatten(1, weight.shape[1:3]), weight.to(wide)
     out = rows.new_zeros((len(neighbors), weight.shape[1], weight.shape[3]))
@@ -16,10 +24,14 @@ def sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tenso
     flat: Tensor = out.flatten(1)
     if bias is not None:
         flat += bias.to(wide)
+    if activation == "relu":
+        flat = flat.relu()
     return flat.to(x.dtype)
 
 
-def sparse_conv_dgrad(grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int, symmetric: bool) -> Tensor:
+def sparse_conv_dgrad(
+    grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int, symmetric: bool = False, dataflow: str = "auto"
+) -> Tensor:
     wide = torch.promote_types(grad.dtype, torch.float32)
     grads, weights = grad.to(wide).unflatten(1, (weight.shape[1], weight.shape[3])), weight.to(wide)
     found = grads.new_zeros((rows, *weight.shape[1:3]))
@@ -30,7 +42,7 @@ def sparse_conv_dgrad(grad: Tensor, weight: Tensor, neighbors: Tensor, rows: int
     return flat.to(grad.dtype)
 
 
-def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int) -> Tensor:
+def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int, dataflow: str = "auto") -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(wide).unflatten(1, (groups, x.shape[1] // groups))
     grads = grad.to(wide).unflatten(1, (groups, grad.shape[1] // groups))

@@ -36,6 +36,9 @@ for _op in (NEIGHBORS, TRANSPOSE, SORT, KEYS):
     _op.register(Implementation("reference", getattr(reference, _op.name), ("cpu", "cuda")))
     _cpu = (deferred("kernelgraft_core.sparse.maps.cpu", name) for name in (_op.name, f"supports_{_op.name}"))
     _op.register(Implementation("cpu", next(_cpu), ("cpu",), 10, next(_cpu)))
+for _op in (NEIGHBORS, TRANSPOSE):  # torch's own sort and arithmetic are as good there
+    _gpu = (deferred("kernelgraft_core.sparse.maps.triton", name) for name in (_op.name, f"supports_{_op.name}"))
+    _op.register(Implementation("triton", next(_gpu), ("cuda",), 10, next(_gpu)))
 
 
 def sparse_sort(sites: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
