@@ -18,13 +18,20 @@ from kernelgraft_core.sparse.tensor import SparseTensor
 Sizes = int | Sequence[int]
 
 
-class _Conv(nn.Module):
+class SparseConvolution(nn.Module):
     """A weight ``(K, G, C_in / G, C_out / G)``, taps numbered with the last axis fastest, and ``bias (C_out,)``.
 
-    Both begin as those of torch's dense convolutions do.
+    Both begin as those of torch's dense convolutions do. The base of all layers below.
+
+    Attributes:
+        dataflow: how the layer computes, as :func:`~kernelgraft_core.sparse.conv.ops.sparse_conv` takes it; what
+            :func:`kernelgraft_core.sparse.tune` sets.
+        activation: ``"none"``, or ``"relu"`` after the bias.
     """
 
     dimensions: ClassVar[int]
+    dataflow = "auto"
+    activation = "none"
 
     def __init__(
         self, in_channels: int, out_channels: int, geometry: ConvGeometry, groups: int = 1, bias: bool = True
@@ -47,17 +54,25 @@ class _Conv(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         if x.channels != self.in_channels:
             raise ValueError(f"x has {x.channels} channels, expected {self.in_channels}: {x}")
-        if self.geometry.volume == 1 and self.geometry.submanifold and self.groups == 1:
-            return x.replace(nn.functional.linear(x.feats, self.weight[0, 0].T, self.bias))
+        if self.pointwise:
+            feats = nn.functional.linear(x.feats, self.weight[0, 0].T, self.bias)
+            return x.replace(feats.relu() if self.activation == "relu" else feats)
         known = self.map_of(x.coordinates)
         return SparseTensor(self._multiply(x.feats, known), known.outputs)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a matrix product at every site, without a kernel map."""
+        return self.geometry.volume == 1 and self.geometry.submanifold and self.groups == 1
 
     def map_of(self, coordinates: Coordinates) -> KernelMap:
         """Which inputs each output reads."""
         return KernelMap.of(self.geometry, coordinates)
 
     def _multiply(self, feats: Tensor, known: KernelMap) -> Tensor:
-        return sparse_conv(feats, self.weight, self.bias, known.neighbors, known.symmetric)
+        return sparse_conv(
+            feats, self.weight, self.bias, known.neighbors, known.symmetric, self.activation, self.dataflow
+        )
 
     def extra_repr(self) -> str:
         g = self.geometry
@@ -72,10 +87,12 @@ class _Conv(nn.Module):
             parts.append(f"groups={self.groups}")
         if self.bias is None:
             parts.append("bias=False")
+        parts += [f"{name}={value!r}" for name, value in (("activation", self.activation), ("dataflow", self.dataflow))
+                  if value not in ("none", "auto")]  # fmt: skip
         return ", ".join(parts)
 
 
-class _SparseConv(_Conv):
+class _SparseConv(SparseConvolution):
     """Outputs at every site that reads an input, as ``torch.nn.Conv3d`` and its kin number them.
 
     Args:
@@ -103,7 +120,7 @@ class _SparseConv(_Conv):
         super().__init__(in_channels, out_channels, geometry, groups, bias)
 
 
-class _SubMConv(_Conv):
+class _SubMConv(SparseConvolution):
     """Outputs at the sites of the inputs (submanifold convolution, arXiv 1711.10275); arguments as for ``Conv3d``."""
 
     def __init__(
@@ -130,7 +147,7 @@ class _GenerativeConv(_SparseConv):
         return KernelMap.of(self.geometry, coordinates, transposed=True)
 
 
-class _InverseConv(_Conv):
+class _InverseConv(SparseConvolution):
     """Back to the sites before the layer that made those of the input: the decoder of a U-Net.
 
     It reads the map of that layer in the other direction. Raises ValueError where the input's sites are no layer's
