@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
     from kernelgraft_core.runtime.op import Op
 
-FAMILIES = tuple(f"kernelgraft_core.quant.{name}" for name in ("w4a16", "w3a16", "w4a8", "kv4"))
+FAMILIES = tuple(
+    f"kernelgraft_core.{name}"
+    for name in ("quant.w4a16", "quant.w3a16", "quant.w4a8", "quant.kv4", "sparse.maps", "sparse.conv",
+                 "sparse.pair_gemm")
+)  # fmt: skip
 """Packages with a module ``ops`` that defines ops, and a module ``examples``: ``example_args(device, **sizes)`` gives
 arguments for each op, ``peer(op, args)`` what it is measured against, and ``TUNED`` names those that can be tuned."""
 

@@ -1,5 +1,6 @@
 """Sparse convolution on point clouds and other grids that are mostly empty (TorchSparse++, arXiv 2311.12862)."""
 
+from . import layouts, models, nn
 from .conv.ops import sparse_conv
 from .coordinates import Coordinates
 from .geometry import ConvGeometry
@@ -19,6 +20,9 @@ __all__ = [
     "SparseTensor",
     "TuneResult",
     "devoxelize",
+    "layouts",
+    "models",
+    "nn",
     "pair_gemm",
     "sparse_conv",
     "sparse_max_pool",
