@@ -149,6 +149,17 @@ class Coordinates:
             return self
         return Coordinates.known(moved, self.spatial_shape, self.batch_size, self.stride)
 
+    def rounded(self, multiple: int) -> Coordinates:
+        """The same rows in a grid whose sizes are multiples: halvings then lose no site at its end. Made once."""
+        shape = tuple(-(-size // multiple) * multiple for size in self.spatial_shape)
+        if shape == self.spatial_shape:
+            return self
+        key = "rounded", multiple
+        if key not in self.found:
+            self.found[key] = Coordinates.known(self.indices, shape, self.batch_size, self.stride)
+        made: Coordinates = self.found[key]
+        return made
+
     def _order(self, margin: tuple[int, ...]) -> Keys:
         sizes = [size + 2 * more for size, more in zip(self.spatial_shape, margin, strict=True)]
         steps = grid_steps(sizes, self.batch_size)

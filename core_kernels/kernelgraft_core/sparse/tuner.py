@@ -118,7 +118,7 @@ class TuneResult:
             raise ValueError(f"{path} is no result of tune: {error}") from error
 
     def summary(self) -> str:
-        """A table: layers, dataflow, and how much faster than the one dataflow that is best for all."""
+        """A line for each group: its layers, and what they compute with."""
         lines = []
         for group in self.groups:
             rest = f" and {len(group.layers) - 1} more" if len(group.layers) > 1 else ""

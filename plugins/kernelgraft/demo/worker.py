@@ -109,7 +109,17 @@ def _look_into_vllm(model: Any) -> dict[str, Any]:
 
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     ours = sum(isinstance(method, KernelgraftAWQLinearMethod | KernelgraftQoQLinearMethod) for method in methods)
-    return {"weight_bytes": _weight_bytes(model), "grafted_layers": ours}
+    return {"weight_bytes": _weight_bytes(model) + _packed_away(model), "grafted_layers": ours}
+
+
+def _packed_away(model: Any) -> int:
+    """Bytes of weights that vLLM has given to oneDNN on a CPU, where nothing lists them: their parameters are empty."""
+    layers = (module for module in model.modules() if hasattr(module, "input_size_per_partition"))
+    empty = (layer for layer in layers if getattr(layer, "weight", None) is not None and not layer.weight.numel())
+    return sum(
+        layer.input_size_per_partition * layer.output_size_per_partition * layer.weight.element_size()
+        for layer in empty
+    )
 
 
 def _weight_bytes(model: Any) -> int:

@@ -293,3 +293,15 @@ def test_two_processes_train_a_step_and_agree(tmp_path):
     for parameter, a, b in zip(model.parameters(), first, second, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(parameter.grad, a)
+
+
+def test_a_minkunet_takes_any_grid_and_loses_no_site():
+    torch.manual_seed(0)
+    model = MinkUNet(2, 3, 0.125).eval()
+    indices = torch.cartesian_prod(torch.arange(1), torch.arange(5), torch.arange(7), torch.arange(1))
+    thin = SparseTensor(torch.randn(35, 2), indices)
+    out = model(thin)
+    assert thin.coordinates.rounded(16) is thin.coordinates.rounded(16)
+    whole = SparseTensor(thin.feats, indices, spatial_shape=(16, 16, 16))
+    assert torch.equal(out, model(whole))
+    assert whole.coordinates.rounded(16) is whole.coordinates

@@ -18,7 +18,8 @@ class MinkUNet(nn.Module):
         classes: logits of a voxel.
         width: of all layers, 1.0 or 0.5 in the paper's benchmarks.
 
-    The forward takes a :class:`SparseTensor` and gives logits ``(N, classes)`` in its order of rows.
+    The forward takes a :class:`SparseTensor` and gives logits ``(N, classes)`` in its order of rows. The grid may have
+    any size: it is filled up to a multiple of 16.
     """
 
     def __init__(self, in_channels: int, classes: int, width: float = 1.0) -> None:
@@ -37,7 +38,7 @@ class MinkUNet(nn.Module):
         self.head = nn.Linear(here, classes)
 
     def forward(self, x: SparseTensor) -> Tensor:
-        x = self.stem(x)
+        x = self.stem(SparseTensor(x.feats, x.coordinates.rounded(2 ** len(self.down))))
         skips = []
         for down in self.down:
             skips.append(x)
