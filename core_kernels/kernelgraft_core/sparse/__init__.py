@@ -11,6 +11,7 @@ from .relational import RelationalConv
 from .tensor import SparseTensor
 from .tuner import TuneResult, tune
 from .voxels import devoxelize, voxelize
+from .watching import kernel_maps
 
 __all__ = [
     "ConvGeometry",
@@ -20,6 +21,7 @@ __all__ = [
     "SparseTensor",
     "TuneResult",
     "devoxelize",
+    "kernel_maps",
     "layouts",
     "models",
     "nn",

@@ -28,9 +28,9 @@ from kernelgraft_core.runtime.plans import PLANS
 from .conv.dataflow import MOST_SPLITS, ConvConfig, Dataflow
 from .conv.macs import overhead
 from .conv.ops import CONV, DGRAD, WGRAD
-from .kernel_map import KernelMap
 from .maps.exchanged import exchanged
 from .nn.conv import SparseConvolution
+from .watching import RunLayer, watch
 
 SCHEMA = 1
 MODES = ("inference", "training")
@@ -127,18 +127,6 @@ class TuneResult:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """One layer on one sample."""
-
-    name: str
-    known: KernelMap
-    weight: Tensor
-    bias: Tensor | None
-    activation: str
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class _Cost:
     """Microseconds of all layers of a group, and of what they need to know of the map first."""
 
@@ -184,7 +172,7 @@ def tune(
             raise ValueError(f"{name} is {value!r}, expected one of {known}")
     if not len(samples):
         raise ValueError("there are no samples to tune on")
-    layers = [_watch(model, sample) for sample in samples]
+    layers = [watch(model, sample) for sample in samples]
     if not layers[0]:
         raise ValueError("the model ran no sparse convolution with a kernel of more than one tap")
     device, dtype = layers[0][0].known.neighbors.device, layers[0][0].dtype
@@ -200,38 +188,7 @@ def tune(
     return TuneResult(mode, bind, arch_key(device), str(dtype).removeprefix("torch."), tuple(found))
 
 
-def _watch(model: nn.Module, sample: Any) -> list[_Layer]:
-    """Every layer that has a map, as the model comes by it."""
-    seen: list[_Layer] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(layer: SparseConvolution, args: tuple[Any, ...], output: Any) -> None:
-            if not layer.pointwise:
-                known = layer.map_of(args[0].coordinates)
-                seen.append(_Layer(name, known, layer.weight, layer.bias, layer.activation, output.feats.dtype))
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(note(name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, SparseConvolution)
-    ]
-    try:
-        with torch.no_grad():
-            if isinstance(sample, dict):
-                model(**sample)
-            elif isinstance(sample, tuple):
-                model(*sample)
-            else:
-                model(sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _groups(layers: list[_Layer]) -> list[tuple[str, ...]]:
+def _groups(layers: list[RunLayer]) -> list[tuple[str, ...]]:
     """Names of layers whose maps are the same, or each other's inverse."""
     parents: dict[int, int] = {}
 
@@ -254,7 +211,7 @@ def _groups(layers: list[_Layer]) -> list[tuple[str, ...]]:
 
 def _tune_group(
     names: tuple[str, ...],
-    members: list[list[_Layer]],
+    members: list[list[RunLayer]],
     directions: tuple[str, ...],
     bind: str,
     deterministic: bool,
@@ -324,13 +281,13 @@ def _need(direction: str, dataflow: Dataflow, symmetric: bool) -> tuple[bool, st
     return other, "pairs" if direction == "wgrad" else str(dataflow).partition("_atomic")[0]
 
 
-def _measure(layer: _Layer, direction: str, dataflow: Dataflow, repeats: int) -> float:
+def _measure(layer: RunLayer, direction: str, dataflow: Dataflow, repeats: int) -> float:
     run = _call(layer, direction, dataflow, layer.known.neighbors)
     run()
     return min(_clocked(run, layer.known.neighbors.device) for _ in range(repeats))
 
 
-def _measure_preparing(layer: _Layer, direction: str, dataflow: Dataflow) -> float:
+def _measure_preparing(layer: RunLayer, direction: str, dataflow: Dataflow) -> float:
     """What the first call with a map takes longer than the second."""
     neighbors = layer.known.neighbors.clone()  # nothing is known of it
     run = _call(layer, direction, dataflow, neighbors)
@@ -338,7 +295,7 @@ def _measure_preparing(layer: _Layer, direction: str, dataflow: Dataflow) -> flo
     return max(0.0, times[0] - min(times[1:]))
 
 
-def _call(layer: _Layer, direction: str, dataflow: Dataflow, neighbors: Tensor) -> Callable[[], Tensor]:
+def _call(layer: RunLayer, direction: str, dataflow: Dataflow, neighbors: Tensor) -> Callable[[], Tensor]:
     weight = layer.weight.detach().to(layer.dtype)
     bias = None if layer.bias is None else layer.bias.detach().to(layer.dtype)
     _, groups, cin, cout = weight.shape

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernelgraft_core.sparse import SparseTensor, nn
+from kernelgraft_core.sparse import SparseTensor, kernel_maps, nn
 from kernelgraft_core.sparse.coordinates import Coordinates
 from kernelgraft_core.sparse.models import MinkUNet, centerpoint_encoder, second_encoder
 
@@ -254,6 +254,19 @@ def test_compiles_with_maps_that_are_there():
     torch.testing.assert_close(compiled(x.feats), wanted)
 
 
+def test_a_whole_network_compiles_while_its_maps_are_kept(unet):
+    unet.eval()
+    x = cloud(4)
+    wanted, kept = unet(x), kernel_maps(unet, x)
+
+    def run(feats):
+        return unet(x.replace(feats))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.feats), wanted)
+    assert len(kept) > 20
+
+
 def test_sync_batch_norm_keeps_weights():
     layer = torch.nn.Sequential(nn.SubMConv3d(4, 4, 3), nn.BatchNorm(4))
     torch.nn.init.normal_(layer[1].weight)
@@ -266,7 +279,7 @@ def test_sync_batch_norm_keeps_weights():
 
 STEP = """
 import sys, torch
-from kernelgraft_core.sparse import SparseTensor, nn
+from kernelgraft_core.sparse import SparseTensor, kernel_maps, nn
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

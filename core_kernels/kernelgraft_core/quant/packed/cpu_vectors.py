@@ -57,6 +57,8 @@ INSTRUCTION_SETS = (  # the best first
     InstructionSet("generic", 16),
 )
 BY_NAME = {known.name: known for known in INSTRUCTION_SETS}
+# AVX-512 with products of bfloat16, added in pairs to float32.
+BFLOAT = InstructionSet("avx512bf16", 32, needs=(*_AVX512, "avx512bf16"), capability=_WIDE)
 # On a processor with AVX-512 the instruction of AVX-VNNI goes by the name avx512vl.
 NARROW = {True: BY_NAME["avxvnni"], False: BY_NAME["avx2"]}
 
@@ -64,13 +66,31 @@ NARROW = {True: BY_NAME["avxvnni"], False: BY_NAME["avx2"]}
 @functools.cache
 def instruction_set() -> InstructionSet:
     """The best one that numba compiles for here and that torch uses too: ``ATEN_CPU_CAPABILITY`` lowers it."""
+    return next(known for known in INSTRUCTION_SETS if is_there(known))
+
+
+@functools.cache
+def is_there(known: InstructionSet) -> bool:
+    """Whether numba compiles it for here, and torch uses as much."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     features, capability = target_features() if is_x86 else frozenset(), torch.backends.cpu.get_cpu_capability()
-    return next(
-        known
-        for known in INSTRUCTION_SETS
-        if features.issuperset(known.needs) and capability.startswith(known.capability)
-    )
+    return features.issuperset(known.needs) and capability.startswith(known.capability)
+
+
+class _BFloat(ir.types.Type):
+    """bfloat16, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BF16 = _BFloat()
 
 
 def vector(kind: Any, lanes: int) -> Any:
@@ -136,6 +156,12 @@ class Emit:
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.call(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+
+    def multiply_add_halves(self, a: Any, b: Any, total: Any) -> Any:
+        """``total``, 16 float32, plus the products of 32 bfloat16 (as 16 int32), neighbours added: AVX512-BF16."""
+        kind = vector(BF16, 32)
+        a, b = self.b.bitcast(a, kind), self.b.bitcast(b, kind)
+        return self.call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, a, b)
 
     def multiply_add(self, a: Any, b: Any, total: Any | None) -> Any:
         """``total`` plus the products of int16, neighbours added: half as many int32."""

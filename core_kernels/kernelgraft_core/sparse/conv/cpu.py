@@ -79,11 +79,15 @@ def multiply(
 ) -> Tensor:
     """The sums of the products of pairs, ``(rows, C_out)``; neither rows nor channels are 0."""
     _, groups, cin, cout = weight.shape
-    padded = -(-cout // float_set().lanes) * float_set().lanes
-    single, weights = x.float().contiguous(), _padded(weight.float(), padded)
+    known = _set_for(x.dtype)
+    padded = -(-cout // known.lanes) * known.lanes
+    if known.pairs:
+        single, weights, cin = *_paired(x, weight, padded), -(-cin // 2)
+    else:
+        single, weights = x.float().contiguous(), _padded(weight.float(), padded)
     added = None if bias is None else _padded(bias.float().view(groups, cout), padded)
     out = torch.empty(rows, groups * padded)
-    _forward_launch(pairs.tiles)(
+    _forward_launch(pairs.tiles, known)(
         pairs.tile_rows, rows, pairs.taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
         pairs.starts.data_ptr(), int(backwards), groups, cin, padded, single.data_ptr(), weights.data_ptr(),
         0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles, int(relu),
@@ -159,11 +163,21 @@ def _padded(values: Tensor, last: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, last - values.shape[-1])).contiguous()
 
 
+def _paired(x: Tensor, weight: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """bfloat16 features with an even number of channels in a group, and a weight ``(K, G, C_in / 2, last, 2)``."""
+    _, groups, cin, cout = weight.shape
+    odd = cin % 2
+    if odd:
+        x = _padded(x.unflatten(1, (groups, cin)), cin + 1)
+    weight = torch.nn.functional.pad(weight, (0, last - cout, 0, odd))
+    return x.contiguous(), weight.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
+
+
 @functools.lru_cache(maxsize=256)
-def _forward_launch(tiles: int) -> Launch:
+def _forward_launch(tiles: int, known: FloatSet) -> Launch:
     from . import cpu_kernels as kernels
 
-    return Launch(Phase(kernels.forward_kernel(float_set()).address, tiles))
+    return Launch(Phase(kernels.forward_kernel(known).address, tiles))
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,6 +185,16 @@ def _weight_launch(parts: int) -> Launch:
     from . import cpu_kernels as kernels
 
     return Launch(Phase(kernels.weight_kernel(float_set()).address, parts))
+
+
+@functools.cache
+def _set_for(dtype: torch.dtype) -> FloatSet:
+    """What outputs are computed with: half types go through float32, but for bfloat16 where a processor has it."""
+    from kernelgraft_core.quant.packed.cpu_vectors import BFLOAT, is_there
+
+    from .cpu_tile import BFLOAT_SET
+
+    return BFLOAT_SET if dtype == torch.bfloat16 and is_there(BFLOAT) else float_set()
 
 
 @functools.cache

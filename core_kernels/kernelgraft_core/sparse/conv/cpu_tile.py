@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kernelgraft_core.quant.packed.cpu_vectors import BY_NAME, F32, I32, I64, Emit, InstructionSet, vector
+from kernelgraft_core.quant.packed.cpu_vectors import BFLOAT, BY_NAME, F32, I32, I64, Emit, InstructionSet, vector
 
 _UNROLLED = 4  # input channels; a row's address then is fetched once for all of them
 
@@ -28,6 +28,7 @@ class FloatSet:
         widths: vectors of output channels that a block spans, the largest first.
         rows: for each width, how many pairs a block takes, the most first; the last is 1.
         outer: rows and vectors of the block that the gradient of a weight is made of.
+        pairs: inputs and weights are bfloat16, two neighbouring input channels in the place of one float32.
     """
 
     isa: InstructionSet
@@ -35,13 +36,16 @@ class FloatSet:
     widths: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
     outer: tuple[int, int]
+    pairs: bool = False
 
 
 FLOAT_SETS = (  # the best first
     FloatSet(BY_NAME["avx512"], 16, (4, 2, 1), ((6, 2, 1), (12, 4, 1), (12, 4, 1)), (8, 2)),
     FloatSet(BY_NAME["avx2"], 8, (2, 1), ((6, 2, 1), (8, 4, 1)), (4, 2)),
     FloatSet(BY_NAME["generic"], 4, (2, 1), ((6, 2, 1), (8, 4, 1)), (4, 2)),
+    FloatSet(BFLOAT, 16, (4, 2, 1), ((6, 2, 1), (12, 4, 1), (12, 4, 1)), (8, 2), pairs=True),
 )
+BFLOAT_SET = FLOAT_SETS[-1]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ def _block(emit: Emit, known: FloatSet, arrays: _Arrays, pairs: tuple[Any, Any],
            channels: Any) -> None:  # fmt: skip
     """Add the products of ``size`` pairs from ``first`` on."""
     b, kind = emit.b, vector(F32, known.lanes)
+    unit = I32 if known.pairs else F32
+    multiply = emit.multiply_add_halves if known.pairs else emit.fma
     sources = [_row(emit, arrays.x, arrays.x_step, pairs[0], emit.plus(first, r)) for r in range(size)]
     targets = [_row(emit, arrays.out, arrays.out_step, pairs[1], emit.plus(first, r)) for r in range(size)]
     offsets = [4 * known.lanes * v for v in range(width)]
@@ -74,11 +80,11 @@ def _block(emit: Emit, known: FloatSet, arrays: _Arrays, pairs: tuple[Any, Any],
         totals = list(totals)
         at = emit.at(arrays.weight, b.mul(channel, arrays.weight_step))
         for u in range(unrolled):
-            weights = [emit.load(at, kind, offset) for offset in offsets]
+            weights = [emit.load(at, vector(unit, known.lanes), offset) for offset in offsets]
             for r, source in enumerate(sources):
-                value = emit.widen(emit.load(source, F32, emit.plus(emit.times(channel, 4), 4 * u)), known.lanes)
+                value = emit.widen(emit.load(source, unit, emit.plus(emit.times(channel, 4), 4 * u)), known.lanes)
                 for v, weight in enumerate(weights):
-                    totals[r * width + v] = emit.fma(value, weight, totals[r * width + v])
+                    totals[r * width + v] = multiply(value, weight, totals[r * width + v])
             at = emit.at(at, arrays.weight_step)
         return totals
 
@@ -98,7 +104,8 @@ def add_products(typing_context: Any, known: Any, width: Any, inputs: Any, outpu
                  channels: Any) -> Any:  # fmt: skip
     """``out[outputs[i]] += x[inputs[i]] @ weight`` for ``count`` pairs and a few vectors of output channels.
 
-    All but the literals are int64, most of them addresses; numbers are float32.
+    All but the literals are int64, most of them addresses; numbers are float32, or pairs of bfloat16 beside float32
+    sums.
 
     Args:
         known: index into ``FLOAT_SETS``; width: index into its widths. These two are literal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
@@ -12,5 +13,7 @@ _known: Derived[Tensor] = Derived()
 
 
 def exchanged(neighbors: Tensor, rows: int) -> Tensor:
-    """What :func:`sparse_transpose` gives, made once."""
+    """What :func:`sparse_transpose` gives, made once; in compiled code each time, for it keeps nothing."""
+    if torch.compiler.is_compiling():
+        return sparse_transpose(neighbors, rows)
     return _known.of((neighbors,), lambda: sparse_transpose(neighbors, rows))
