@@ -24,6 +24,7 @@ from kernelgraft_core.runtime.timing import environment, measure_in_turns
 
 from . import byte_cases as byte_cases  # registers its cases
 from . import sparse_cases as sparse_cases  # likewise
+from . import sparse_networks as sparse_networks
 from .cases import Case, Shape, UnavailableError, Variant, select
 
 SCHEMA = 1

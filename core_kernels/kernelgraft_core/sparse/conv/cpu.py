@@ -6,16 +6,17 @@ are.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
-from kernelgraft_core.runtime.threads import Launch, Phase
+from kernelgraft_core.runtime.threads import Launch, Phase, available_threads, parallel_for
 from kernelgraft_core.sparse.maps.exchanged import exchanged
 
 from . import reference
@@ -28,7 +29,7 @@ TILE_ROWS = 256  # of a tile
 PART_TILES = 8  # tiles whose share of a weight's gradient is summed together, at least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Pairs of rows by tile of ``tile_rows`` outputs, in there by tap; those of a tap have different outputs."""
 
@@ -38,6 +39,20 @@ class Pairs:
     inputs: Tensor
     outputs: Tensor
     starts: Tensor
+    _bounds: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def balanced(self, parts: int, threads: int) -> tuple[int, ...]:
+        """Numbers of parts that cut all of them into ``threads`` shares of about as many pairs.
+
+        The tiles are in ``parts`` runs; a scan is denser at one end than at the other.
+        """
+        known = self._bounds.get((parts, threads))
+        if known is None:
+            before = self.starts[:: self.taps][torch.arange(parts + 1) * self.tiles // parts]
+            share = before[-1] * torch.arange(1, threads) / threads
+            inner = torch.searchsorted(before.double(), share.double()).tolist()
+            known = self._bounds[parts, threads] = (0, *(min(each, parts) for each in inner), parts)
+        return known
 
 
 _pairs: Derived[Pairs] = Derived()
@@ -87,7 +102,8 @@ def multiply(
         single, weights = x.float().contiguous(), _padded(weight.float(), padded)
     added = None if bias is None else _padded(bias.float().view(groups, cout), padded)
     out = torch.empty(rows, groups * padded)
-    _forward_launch(pairs.tiles, known)(
+    _run(
+        _forward_kernel(known), pairs, pairs.tiles,
         pairs.tile_rows, rows, pairs.taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
         pairs.starts.data_ptr(), int(backwards), groups, cin, padded, single.data_ptr(), weights.data_ptr(),
         0 if added is None else added.data_ptr(), out.data_ptr(), 0, 0, pairs.tiles, int(relu),
@@ -110,7 +126,8 @@ def sum_outer(x: Tensor, grad: Tensor, pairs: Pairs, groups: int) -> Tensor:
     parts = max(1, min(64, pairs.tiles // PART_TILES))
     single, grads = x.float().contiguous(), _padded(grad.float().unflatten(1, (groups, cout)), padded)
     partial = torch.empty(parts, pairs.taps, groups, cin, padded)
-    _weight_launch(parts)(
+    _run(
+        _weight_kernel(), pairs, parts,
         pairs.tile_rows, len(grad), pairs.taps, pairs.inputs.data_ptr(), pairs.outputs.data_ptr(),
         pairs.starts.data_ptr(), 0, groups, cin, padded, single.data_ptr(), 0, 0, grads.data_ptr(),
         partial.data_ptr(), parts, pairs.tiles, 0,
@@ -173,18 +190,28 @@ def _paired(x: Tensor, weight: Tensor, last: int) -> tuple[Tensor, Tensor]:
     return x.contiguous(), weight.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
 
 
-@functools.lru_cache(maxsize=256)
-def _forward_launch(tiles: int, known: FloatSet) -> Launch:
+def _run(kernel: int, pairs: Pairs, parts: int, *numbers: int) -> None:
+    """A kernel over ``parts`` runs of tiles, on all threads."""
+    told = (ctypes.c_int64 * (1 + len(numbers)))(0, *numbers)
+    threads = min(available_threads(), parts)
+    bounds = pairs.balanced(parts, threads) if threads > 1 else None
+    parallel_for(kernel, told, parts, bounds=bounds)
+
+
+@functools.cache
+def _forward_kernel(known: FloatSet) -> int:
     from . import cpu_kernels as kernels
 
-    return Launch(Phase(kernels.forward_kernel(known).address, tiles))
+    address: int = kernels.forward_kernel(known).address
+    return address
 
 
-@functools.lru_cache(maxsize=256)
-def _weight_launch(parts: int) -> Launch:
+@functools.cache
+def _weight_kernel() -> int:
     from . import cpu_kernels as kernels
 
-    return Launch(Phase(kernels.weight_kernel(float_set()).address, parts))
+    address: int = kernels.weight_kernel(float_set()).address
+    return address
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from .conv import (
     SubMConv3d,
     SubMConv4d,
 )
+from .fusing import fuse
 from .pointwise import GELU, BatchNorm, Dropout, GroupNorm, LayerNorm, LeakyReLU, Linear, ReLU, SiLU, SyncBatchNorm
 from .pooling import AvgPool, GlobalPool, MaxPool
 
@@ -57,5 +58,6 @@ __all__ = [
     "SyncBatchNorm",
     "conv_block",
     "down_block",
+    "fuse",
     "up_block",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from kernelgraft_core.sparse.tensor import SparseTensor
@@ -47,4 +48,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         y: SparseTensor = self.net(x)
         shortcut: SparseTensor = self.shortcut(x)
-        return y.replace((y.feats + shortcut.feats).relu_())
+        # Nobody else has what the last layer of the net gave; but it may be what autograd keeps.
+        total = y.feats + shortcut.feats if torch.is_grad_enabled() else y.feats.add_(shortcut.feats)
+        return y.replace(total.relu_())
