@@ -6,9 +6,10 @@ as well where it is installed; it calls its CPU kernels a help for debugging.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def _inputs(geometry: ConvGeometry, cloud: str, shape: Shape) -> tuple[KernelMap
     generator, c = torch.Generator().manual_seed(0), shape["c"]
     x = torch.randn(len(indices), c, generator=generator)
     weight = torch.randn(27, 1, c, c, generator=generator) / (27 * c) ** 0.5
-    require_backend("sparse_conv", "cpu", "cpu", x, weight, None, known.neighbors, known.symmetric)
+    require_backend("sparse_conv", "cpu", "cpu", x, weight, None, known.neighbors, known.symmetric, "none", "auto")
     return known, [x, weight], torch.randn(len(known.outputs), c, generator=generator)
 
 
@@ -157,6 +158,58 @@ def _prepare_training(geometry: ConvGeometry, cloud: str, shape: Shape) -> Prepa
     return Prepared(torch.cat([each.flatten() for each in exact]), variants)
 
 
+def _prepare_threads(cloud: str, shape: Shape) -> Prepared:
+    """One submanifold layer on one thread and on two, in turns."""
+    known, (x, weight), _ = _inputs(SUBMANIFOLD, cloud, shape)
+
+    def run() -> Tensor:
+        return sparse_conv(x, weight, None, known.neighbors, True)
+
+    variants = {
+        name: Variant(run, 1e-5, "cpu", "float32", context=functools.partial(_on_threads, threads))
+        for threads, name in ((1, "one thread"), (2, "two threads"))
+    }
+    return Prepared(reference.sparse_conv(x.double(), weight.double(), None, known.neighbors), variants)
+
+
+@contextlib.contextmanager
+def _on_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+GPU_DATAFLOWS = ("implicit_gemm", *(f"implicit_gemm:{s}" for s in (1, 2, 3, 4)), "fetch_on_demand", "gather_scatter")
+
+
+def _prepare_gpu(shape: Shape) -> Prepared:
+    """A submanifold layer in float16: every dataflow on a map that is there, and the first guess with its map."""
+    indices, grid, _ = load_cloud("semantickitti")
+    sites, c = indices.cuda(), shape["c"]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(sites), c, generator=generator).cuda().half()
+    weight = (torch.randn(27, 1, c, c, generator=generator) / (27 * c) ** 0.5).cuda().half()
+    known = KernelMap.of(SUBMANIFOLD, Coordinates(sites, grid, 1))
+    require_backend("sparse_conv", "triton", "cuda", x, weight, None, known.neighbors, True, "none", "auto")
+    pairs = tap_pairs(known.neighbors)
+
+    def with_map() -> Tensor:
+        made = KernelMap.of(SUBMANIFOLD, Coordinates(sites, grid, 1))
+        return sparse_conv(x, weight, None, made.neighbors, True)
+
+    runs: dict[str, Callable[[], Tensor]] = {
+        f"kernelgraft {name}": functools.partial(sparse_conv, x, weight, None, known.neighbors, True, "none", name)
+        for name in GPU_DATAFLOWS
+    }
+    runs["kernelgraft, map included"] = with_map
+    runs["torch gather, multiply, add"] = lambda: gather_multiply_add(x, weight, None, known.neighbors, pairs)
+    variants = {name: Variant(run, 2e-2, "triton", "float16") for name, run in runs.items()}
+    return Prepared(reference.sparse_conv(x.double(), weight.double(), None, known.neighbors), variants)
+
+
 def _exact_wgrad(x: Tensor, grad: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack([x[inputs].T @ grad[outputs] for inputs, outputs in pairs])
 
@@ -190,3 +243,15 @@ for _cloud in CLOUDS:
                 functools.partial(_prepare, _geometry, _cloud), functools.partial(_flops, _geometry, _cloud, _passes),
             )
         )  # fmt: skip
+    register(
+        Case(
+            f"sparse_conv_threads_{_cloud}", "sparse_conv", "cpu", "one thread", _SHAPES,
+            functools.partial(_prepare_threads, _cloud), functools.partial(_flops, SUBMANIFOLD, _cloud, 1),
+        )
+    )  # fmt: skip
+register(
+    Case(
+        "sparse_conv", "sparse_conv", "cuda", "torch gather, multiply, add", tuple({"c": c} for c in (64, 128, 256)),
+        _prepare_gpu, functools.partial(_flops, SUBMANIFOLD, "semantickitti", 1),
+    )
+)  # fmt: skip
