@@ -38,7 +38,7 @@ def compiled(kernel, arch, tile, channels, dtype, split=False) -> AotReport:
         arguments = shared | weight | own
         constants |= {"SPLIT": split, "HAS_BIAS": not split, "RELU": not split}
     elif kernel == "fetch_on_demand":
-        arguments = shared | weight | pairs | {"tap": 5}
+        arguments = shared | weight | pairs | {"tap": 5, "pair_tiles": 1500}
         constants |= {"ALL": split, "ATOMIC": split}
     else:
         arguments = shared | pairs | {"grad": pointer, "groups": 1, "grad_row": c}

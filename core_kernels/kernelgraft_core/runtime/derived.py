@@ -23,25 +23,39 @@ class Derived(Generic[T]):
 
     def __init__(self) -> None:
         # By identity: tensors compare elementwise.
-        self._known: dict[int, tuple[tuple[tuple[int, int], ...], T]] = {}
+        self._known: dict[int, tuple[tuple[_Stamp, ...], T]] = {}
 
     def of(self, tensors: Sequence[Tensor | None], make: Callable[[], T]) -> T:
         """What was made of ``tensors``, the first of which is there."""
         first = tensors[0]
         assert first is not None
-        key, stamp = id(first), tuple(map(_stamp, tensors))
+        key = id(first)
         known = self._known.get(key)
-        if known is not None and known[0] == stamp:
+        if known is not None and all(map(_is_same, known[0], tensors)):
             return known[1]
         if known is None:
             weakref.finalize(first, self._known.pop, key, None)
         made = make()
-        self._known[key] = stamp, made
+        self._known[key] = tuple(map(_stamp, tensors)), made
         return made
 
     def __len__(self) -> int:
         return len(self._known)
 
 
-def _stamp(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (id(tensor), 0 if tensor.is_inference() else tensor._version)
+# A tensor, by a reference and not by its number alone, which another one gets when it is gone; and its version.
+_Stamp = tuple[weakref.ref[Tensor], int] | None
+
+
+def _stamp(tensor: Tensor | None) -> _Stamp:
+    return None if tensor is None else (weakref.ref(tensor), _version(tensor))
+
+
+def _is_same(stamp: _Stamp, tensor: Tensor | None) -> bool:
+    if stamp is None or tensor is None:
+        return stamp is None and tensor is None
+    return stamp[0]() is tensor and stamp[1] == _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -27,6 +27,9 @@ log = logging.getLogger("kernelgraft")
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops: dict[str, Op] = {}
 _REASONS_LOGGED = 16
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 # Why an implementation cannot run this call, or None when it can.
 Supports = Callable[..., str | None]
@@ -186,6 +189,9 @@ class Op:
             if reason is None:
                 if (device, implementation) not in self._announced:
                     self._announce(device, implementation)
+                if torch._C._is_any_autocast_enabled():  # gradients computed inside the context: types are settled
+                    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                        return implementation.run(*args)
                 return implementation.run(*args)
             self._tell_once(implementation.backend, reason)
         reasons = "; ".join(f"{k}: {v}" for k, v in self.explain(device, *args).items()) or "none registered"

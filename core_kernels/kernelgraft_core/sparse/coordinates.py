@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .kernel_map import MadeBy
 
 LARGEST_DIMENSIONS = 4
+LARGEST_SIZE = (1 << 31) - 1
+USUAL_MARGIN = 2
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,18 @@ class Keys:
         sorted: int64 ``(N,)``, ascending.
         order: int64 ``(N,)``, the row that each of them stands for; None where rows are in that order.
         steps: how much a coordinate of each axis counts, the batch first.
+        margin: how many more sites than the grid has are counted on both ends of each axis.
     """
 
     sorted: Tensor
     order: Tensor | None
     steps: tuple[int, ...]
+    margin: tuple[int, ...]
+
+    @property
+    def offset(self) -> int:
+        """The number of the grid's first site."""
+        return sum(step * more for step, more in zip(self.steps[1:], self.margin, strict=True))
 
 
 class Coordinates:
@@ -71,7 +80,7 @@ class Coordinates:
             row = int((indices < 0).any(1).nonzero()[0])
             raise ValueError(f"row {row} of the coordinates is {indices[row].tolist()}, expected none below 0")
         self.batch_size = high[0] + 1 if batch_size is None else batch_size
-        shape = [value + 1 for value in high[1:]] if spatial_shape is None else spatial_shape
+        shape = [max(1, value + 1) for value in high[1:]] if spatial_shape is None else spatial_shape
         self.spatial_shape = per_axis("spatial_shape", shape, dimensions)
         limits = (self.batch_size, *self.spatial_shape)
         if any(value >= limit for value, limit in zip(high, limits, strict=True)):
@@ -81,11 +90,17 @@ class Coordinates:
                 f"row {row} of the coordinates is {indices[row].tolist()}, which is beyond batch_size = "
                 f"{self.batch_size} and spatial_shape = {self.spatial_shape}"
             )
-        self.indices = indices.to(torch.int32).contiguous()
+        if max(limits) > LARGEST_SIZE:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and spatial_shape {self.spatial_shape}, at most {LARGEST_SIZE} sites "
+                "along an axis are supported"
+            )
+        # Of its own: what is known of the sites would not follow a change of somebody else's.
+        self.indices = indices.to(torch.int32, copy=True).contiguous()
         self._keys: dict[tuple[int, ...], Keys] = {}
         self.found: dict[object, Any] = {}
         self.made_by: MadeBy | None = None
-        keys = self.keys((0,) * dimensions)
+        keys = self.any_keys()
         twice = (keys.sorted[1:] == keys.sorted[:-1]).nonzero()
         if len(twice):
             first = int(twice[0])
@@ -101,6 +116,14 @@ class Coordinates:
         made.indices, made.spatial_shape, made.batch_size, made.stride = indices, spatial_shape, batch_size, stride
         made._keys, made.found, made.made_by = {}, {}, None
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be worked out again."""
+        return {"indices": self.indices, "spatial_shape": self.spatial_shape, "batch_size": self.batch_size,
+                "stride": self.stride}  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(Coordinates.known(**state).__dict__)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -120,24 +143,34 @@ class Coordinates:
         return self.indices.device
 
     def keys(self, margin: tuple[int, ...]) -> Keys:
-        """As numbers that leave ``margin`` more sites on both ends of each axis: no neighbour is another row's then.
+        """As numbers that leave ``margin`` more sites or more on both ends of each axis: no neighbour is another row's.
 
         Raises:
             ValueError: there are more such sites than numbers.
         """
-        known = self._keys.get(margin)
-        if known is None:
-            known = self._keys[margin] = self._order(margin)
-        return known
+        for known in self._keys.values():
+            if all(there >= more for there, more in zip(known.margin, margin, strict=True)):
+                return known
+        found = self._keys[margin] = self._order(margin)
+        return found
+
+    def any_keys(self) -> Keys:
+        """As numbers with whatever margin; the first has room for the kernels that most layers have."""
+        if self._keys:
+            return next(iter(self._keys.values()))
+        try:
+            return self.keys((USUAL_MARGIN,) * self.dimensions)
+        except ValueError:  # a gigantic grid; without a margin it may be countable
+            return self.keys((0,) * self.dimensions)
 
     def find(self, indices: Tensor) -> Tensor:
         """The row of each of ``indices`` int ``(M, 1 + D)``, int64 ``(M,)``, -1 for sites that are not there."""
-        keys = self.keys((0,) * self.dimensions)
+        keys = self.any_keys()
         limits = torch.tensor((self.batch_size, *self.spatial_shape), device=self.device)
         inside = ((indices >= 0) & (indices < limits)).all(1)
         if not len(self):
             return torch.full((len(indices),), -1, device=self.device)
-        wanted = grid_keys(indices, keys.steps)
+        wanted = grid_keys(indices, keys.steps) + keys.offset
         at = torch.searchsorted(keys.sorted, wanted).clamp_(max=len(self) - 1)
         rows = at if keys.order is None else keys.order[at]
         return torch.where(inside & (keys.sorted[at] == wanted), rows, -1)
@@ -163,12 +196,12 @@ class Coordinates:
     def _order(self, margin: tuple[int, ...]) -> Keys:
         sizes = [size + 2 * more for size, more in zip(self.spatial_shape, margin, strict=True)]
         steps = grid_steps(sizes, self.batch_size)
-        if not any(margin):
-            return Keys(*sparse_sort(self.indices, steps), steps)
-        # The order is the same for every margin.
-        order = self.keys((0,) * self.dimensions).order
         offset = sum(step * more for step, more in zip(steps[1:], margin, strict=True))
-        return Keys(sparse_keys(self.indices, order, steps, offset), order, steps)
+        if not self._keys:
+            ordered, order = sparse_sort(self.indices, steps)
+            return Keys(ordered.add_(offset) if offset else ordered, order, steps, margin)
+        order = self.any_keys().order  # the same for every margin
+        return Keys(sparse_keys(self.indices, order, steps, offset), order, steps, margin)
 
 
 def per_axis(name: str, value: int | Sequence[int], dimensions: int, least: int = 1) -> tuple[int, ...]:
@@ -177,9 +210,10 @@ def per_axis(name: str, value: int | Sequence[int], dimensions: int, least: int 
     Raises:
         ValueError: there is another number of them, or one is below ``least``.
     """
-    values = (value,) * dimensions if isinstance(value, int) else tuple(int(each) for each in value)
-    if len(values) != dimensions or any(each < least for each in values):
-        raise ValueError(f"{name} is {value}, expected one number or {dimensions}, each at least {least}")
+    given = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    values = tuple(int(each) for each in given)
+    if len(values) != dimensions or values != given or any(each < least for each in values):
+        raise ValueError(f"{name} is {value}, expected one whole number or {dimensions}, each at least {least}")
     return values
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .coordinates import Coordinates, per_axis
+from .coordinates import LARGEST_SIZE, Coordinates, per_axis
 from .grids import grid_keys, grid_sites, grid_steps
 
 LARGEST_VOLUME = 4096
@@ -58,8 +58,10 @@ class ConvGeometry:
             raise ValueError(
                 f"kernel_size {kernel} has {math.prod(kernel)} taps, at most {LARGEST_VOLUME} are supported"
             )
-        if not submanifold:
-            return cls(kernel, steps, per_axis("padding", padding, dimensions, least=0), apart)
+        around = per_axis("padding", padding, dimensions, least=0)
+        # One tap that reads its own site has its outputs where the inputs are, in their order.
+        if not submanifold and not (math.prod(kernel) == 1 and set(steps) == {1} and set(around) == {0}):
+            return cls(kernel, steps, around, apart)
         if any(step != 1 for step in steps):
             raise ValueError(f"stride is {stride}, but outputs of a submanifold convolution are where its inputs are")
         centred = tuple(d * ((k - 1) // 2) for k, d in zip(kernel, apart, strict=True))
@@ -109,6 +111,8 @@ class ConvGeometry:
         """
         sizes = zip(spatial_shape, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         shape = tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes)
+        if max(shape) > LARGEST_SIZE:
+            raise ValueError(f"a transposed convolution of {spatial_shape} reaches {shape}, at most {LARGEST_SIZE}")
         if any(n < 1 for n in shape):
             raise ValueError(f"padding {self.padding} leaves nothing of a transposed convolution of {spatial_shape}")
         return shape

@@ -67,6 +67,9 @@ class KernelMap:
         source, neighbors = outputs.found.get(key, (None, None))
         if source is None or source() is not inputs:
             neighbors = _neighbors_of(geometry, inputs, outputs, transposed)
+            gone = [each for each, value in outputs.found.items() if isinstance(value, tuple) and value[0]() is None]
+            for each in gone:  # inputs that came and went, one for every frame perhaps
+                del outputs.found[each]
             outputs.found[key] = weakref.ref(inputs), neighbors
         return cls(geometry, inputs, outputs, neighbors, transposed)
 
@@ -138,7 +141,7 @@ def _neighbors(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates
     )
     in_keys = inputs.keys(margin)
     same = geometry.submanifold and outputs is inputs
-    out_keys = in_keys if same else _in_grid_of(in_keys, margin, geometry, outputs)
+    out_keys = in_keys if same else _in_grid_of(in_keys, geometry, outputs)
     steps, size = in_keys.steps[1:], geometry.kernel_size[-1]
     lines = [sum(step * at for step, at in zip(steps, tap, strict=True)) for tap in taps[::size]]
     return sparse_neighbors(
@@ -152,11 +155,10 @@ def _neighbors(geometry: ConvGeometry, inputs: Coordinates, outputs: Coordinates
     )
 
 
-def _in_grid_of(in_keys: Keys, margin: tuple[int, ...], geometry: ConvGeometry, outputs: Coordinates) -> Keys:
+def _in_grid_of(in_keys: Keys, geometry: ConvGeometry, outputs: Coordinates) -> Keys:
     """Where the tap at 0 of each output reads, as keys of the inputs' grid."""
     scaled = [step * stride for step, stride in zip(in_keys.steps[1:], geometry.stride, strict=True)]
     steps = in_keys.steps[0], *scaled
-    offset = sum(step * more for step, more in zip(in_keys.steps[1:], margin, strict=True))
-    order = outputs.keys((0,) * outputs.dimensions).order
+    order = outputs.any_keys().order
     # Strides are positive: the order of the outputs is that of what they read.
-    return Keys(sparse_keys(outputs.indices, order, steps, offset), order, steps)
+    return Keys(sparse_keys(outputs.indices, order, steps, in_keys.offset), order, steps, in_keys.margin)

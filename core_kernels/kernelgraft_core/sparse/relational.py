@@ -83,6 +83,9 @@ class RelationalConv(nn.Module):
         super().__init__()
         if bases is not None and blocks is not None:
             raise ValueError(f"bases is {bases} and blocks is {blocks}, expected at most one of them")
+        for name, value in (("relations", relations), ("bases", bases), ("blocks", blocks)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
         if blocks is not None and (in_channels % blocks or out_channels % blocks):
             raise ValueError(f"blocks is {blocks}, which does not divide {in_channels} and {out_channels} channels")
         self.in_channels, self.out_channels, self.relations = in_channels, out_channels, relations

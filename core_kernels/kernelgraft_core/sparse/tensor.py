@@ -34,6 +34,11 @@ class SparseTensor:
     ) -> None:
         if not isinstance(coords, Coordinates):
             coords = Coordinates(coords, spatial_shape, batch_size, stride)
+        elif (stride, spatial_shape, batch_size) != (1, None, None):
+            raise ValueError(
+                f"stride = {stride}, spatial_shape = {spatial_shape} and batch_size = {batch_size} are given beside "
+                f"{coords}, which has its own"
+            )
         if feats.dim() != 2 or len(feats) != len(coords) or not feats.is_floating_point():
             raise ValueError(
                 f"feats is {feats.dtype} {tuple(feats.shape)}, expected floating point ({len(coords)}, C), a row for "
@@ -98,6 +103,10 @@ class SparseTensor:
     @property
     def device(self) -> torch.device:
         return self.feats.device
+
+    def rounded(self, multiple: int) -> SparseTensor:
+        """In a grid whose sizes are multiples: layers of stride 2 then have an output for its last site too."""
+        return SparseTensor(self.feats, self.coordinates.rounded(multiple))
 
     def replace(self, feats: Tensor) -> SparseTensor:
         """Other features at the same sites."""

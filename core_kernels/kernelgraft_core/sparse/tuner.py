@@ -76,9 +76,13 @@ class TuneResult:
         """Set ``dataflow`` of every layer that was tuned.
 
         Raises:
-            ValueError: the model lacks one of them, or it is no sparse convolution; no layer is changed then.
+            ValueError: the model lacks one of them, or it is no sparse convolution, or it was tuned on a CPU and the
+                model is on a GPU or the other way round; no layer is changed then.
         """
         known = dict(model.named_modules())
+        device = next((parameter.device.type for parameter in model.parameters()), None)
+        if device is not None and (device == "cpu") != self.arch.startswith("cpu"):
+            raise ValueError(f"it was tuned on {self.arch}, the model is on {device}: tune it there")
         layers = [(name, group.dataflow) for group in self.groups for name in group.layers]
         for name, _ in layers:
             if not isinstance(known.get(name), SparseConvolution):
@@ -147,7 +151,7 @@ def tune(
     """Measure the dataflows of every sparse convolution of a model on this device.
 
     Each layer is measured on its own, with random features on the maps of the samples, so that a model of many layers
-    takes seconds. The model runs once on every sample, without gradients, in the mode that it is in; its weights stay.
+    takes seconds. The model runs once on every sample, without gradients and in evaluation mode; it stays as it is.
 
     Args:
         model: with :class:`.nn.conv.SparseConvolution` layers, on the device to tune for.
@@ -232,7 +236,7 @@ def _tune_group(
             costs[direction][dataflow] = _Cost(sum(runs), sum(prepared))
     best = min(
         itertools.product(*costs.values()),
-        key=lambda chosen: _total(dict(zip(costs, chosen, strict=True)), costs, first.known.symmetric, bind),
+        key=lambda chosen: _total(dict(zip(costs, chosen, strict=True)), costs, first.known.symmetric, bind, device),
     )
     config = ConvConfig(**dict(zip(costs, best, strict=True)))
     us = {name: {str(d): round(cost.run + cost.prepare, 1) for d, cost in each.items()} for name, each in costs.items()}
@@ -255,7 +259,13 @@ def _candidates(
         yield Dataflow("fetch_on_demand_atomic")
 
 
-def _total(chosen: dict[str, Dataflow], costs: dict[str, dict[Dataflow, _Cost]], symmetric: bool, bind: str) -> float:
+def _total(
+    chosen: dict[str, Dataflow],
+    costs: dict[str, dict[Dataflow, _Cost]],
+    symmetric: bool,
+    bind: str,
+    device: str = "cuda",
+) -> float:
     """Microseconds of a choice; what several directions need to know of the map is counted once."""
     forward, dgrad, wgrad = (chosen.get(direction) for direction in DIRECTIONS)
     if bind == "forward_dgrad" and dgrad is not None and forward != dgrad:
@@ -266,19 +276,21 @@ def _total(chosen: dict[str, Dataflow], costs: dict[str, dict[Dataflow, _Cost]],
     for direction, dataflow in chosen.items():
         cost = costs[direction][dataflow]
         total += cost.run
-        need = _need(direction, dataflow, symmetric)
+        need = _need(direction, dataflow, symmetric, device)
         if need not in prepared:
             total += cost.prepare
             prepared.add(need)
     return total
 
 
-def _need(direction: str, dataflow: Dataflow, symmetric: bool) -> tuple[bool, str]:
+def _need(direction: str, dataflow: Dataflow, symmetric: bool, device: str) -> tuple[bool, str]:
     """What has to be known of a map: that of the other direction or not, and how it is arranged."""
     if dataflow.kind == "gather_scatter":
         return False, "taps"
     other = direction == "dgrad" and not symmetric
-    return other, "pairs" if direction == "wgrad" else str(dataflow).partition("_atomic")[0]
+    # On a CPU all directions read pairs by tile; on a GPU the gradient of a weight reads pairs by tap.
+    pairs = device == "cpu" or direction == "wgrad" or dataflow.kind.startswith("fetch_on_demand")
+    return other, "pairs" if pairs else str(dataflow)
 
 
 def _measure(layer: RunLayer, direction: str, dataflow: Dataflow, repeats: int) -> float:

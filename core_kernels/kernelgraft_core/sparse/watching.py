@@ -54,6 +54,8 @@ def watch(model: nn.Module, sample: Any) -> list[RunLayer]:
         for name, layer in model.named_modules()
         if isinstance(layer, SparseConvolution)
     ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # maps are the same, and no norm learns of the sample
     try:
         with torch.no_grad():
             if isinstance(sample, dict):
@@ -65,4 +67,6 @@ def watch(model: nn.Module, sample: Any) -> list[RunLayer]:
     finally:
         for handle in handles:
             handle.remove()
+        for module, training in modes.items():
+            module.training = training
     return seen

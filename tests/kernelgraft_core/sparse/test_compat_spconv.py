@@ -127,3 +127,22 @@ def test_modules_have_spconv_s_names(monkeypatch):
     assert functional.sparse_add is spconv.sparse_add
     with pytest.raises(ValueError, match="facade is 'other'"):
         facade_modules("other")
+
+
+def test_rows_keep_their_order_where_spconv_keeps_it(x):
+    assert torch.equal(spconv.LAYERS["SparseConv3d"](4, 4, 1)(x).indices, x.indices)
+    chosen = torch.tensor([7, 2, 5])
+    found = x.select_by_index(chosen)
+    assert torch.equal(found.indices, x.indices[chosen])
+    assert torch.equal(found.features, x.features[chosen])
+
+
+def test_indices_may_be_set(x):
+    layer = SubMConv3d(4, 4, 3)
+    layer(x)
+    moved = x.indices.clone()
+    moved[:, 1] = 8 - moved[:, 1]
+    y = x.shadow_copy()
+    y.indices = moved
+    wanted = layer(spconv.SparseConvTensor(x.features, moved, x.spatial_shape, 2))
+    assert torch.equal(layer(y).features, wanted.features)

@@ -176,3 +176,17 @@ def test_modules_have_torchsparse_s_names(facade, tensor, conv, monkeypatch):
     assert found["n"].shape == (2, 2)
     assert found["name"] == ["a", "a"]
     assert importlib.import_module("torchsparse.tensor").PointTensor is ts.PointTensor
+
+
+def test_a_transposed_layer_without_stride_reads_the_other_way():
+    x, _ = tensors()
+    plain, transposed = ts.Conv3d(4, 5, 3), ts.Conv3d(4, 5, 3, transposed=True)
+    transposed.load_state_dict({"kernel": plain.kernel.flip(0)})
+    torch.testing.assert_close(transposed(x).feats, plain(x).feats)
+
+
+def test_features_of_another_length_are_named():
+    x, _ = tensors()
+    x.F = x.F[:5]
+    with pytest.raises(ValueError, match="5 rows of features"):
+        ts.Conv3d(4, 4, 3)(x)

@@ -56,3 +56,12 @@ def test_what_does_not_follow_a_convolution_stays(x):
 def test_training_is_refused():
     with pytest.raises(ValueError, match="training mode"):
         nn.fuse(MinkUNet(4, 5, 0.25))
+
+
+def test_a_layer_in_two_places_stays_as_it_is(x):
+    shared = nn.SubMConv3d(4, 4, 3)
+    model = with_statistics(
+        torch.nn.Sequential(torch.nn.Sequential(shared, nn.BatchNorm(4)), torch.nn.Sequential(shared, nn.BatchNorm(4)))
+    )
+    wanted = model(x).feats
+    torch.testing.assert_close(nn.fuse(model)(x).feats, wanted)

@@ -181,3 +181,40 @@ def test_relational_convolution_is_its_definition(options):
 def test_edges_that_are_wrong_are_named(edges, types, message):
     with pytest.raises(ValueError, match=message):
         relational_edges(edges, types, 7, 4)
+
+
+@pytest.mark.parametrize("changed", ["scale", "outputs", "starts"])
+def test_tensors_that_come_and_go_are_told_apart(changed, backend):
+    inputs, _, _ = a_graph(20, 2, 6, 6)
+    x, weight = torch.randn(6, 4), torch.randn(2, 4, 5)
+    for value in range(1, 6):
+        made = {"outputs": torch.arange(20) % 6, "starts": torch.tensor([0, 9, 20]), "scale": torch.ones(20)}
+        made[changed] = {"scale": torch.full((20,), float(value)), "outputs": torch.arange(20) % value,
+                         "starts": torch.tensor([0, 2 * value, 20])}[changed]  # fmt: skip
+        found = pair_gemm(x, weight, inputs, rows=6, **made)
+        dense = adjacency(inputs, made["outputs"], made["starts"], made["scale"], 6, 6)
+        wanted = torch.einsum("kts,si,kio->to", dense, x.double(), weight.double())
+        assert_close("y", wanted, found, 1e-6)
+
+
+def test_edges_that_come_and_go_are_told_apart():
+    layer, x = RelationalConv(4, 4, 3), torch.randn(20, 4)
+    edges = torch.stack((torch.arange(20), torch.arange(20)))
+    with torch.no_grad():
+        for kind in range(3):
+            found = layer(x, edges, torch.full((20,), kind))
+            torch.testing.assert_close(found, x @ (layer.weight[kind] + layer.root) + layer.bias)
+
+
+def test_relational_convolution_trains_within_autocast():
+    layer, x = RelationalConv(8, 4, 3), torch.randn(20, 8, requires_grad=True)
+    edges, kinds = torch.randint(20, (2, 50)), torch.randint(3, (50,))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x, edges, kinds).float().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"bases": 0}, {"blocks": 0}, {"bases": 2, "blocks": 2}, {"blocks": 3}])
+def test_sizes_that_cannot_be_are_refused(options):
+    with pytest.raises(ValueError, match=r"bases|blocks"):
+        RelationalConv(8, 4, 3, **options)

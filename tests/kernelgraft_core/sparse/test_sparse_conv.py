@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernelgraft_core.runtime.testing import assert_close, poison_empty
-from kernelgraft_core.sparse.conv import ops, reference
+from kernelgraft_core.sparse.conv import gather, ops, reference
 from kernelgraft_core.sparse.conv.ops import sparse_conv
 from kernelgraft_core.sparse.geometry import ConvGeometry
 from kernelgraft_core.sparse.kernel_map import KernelMap
@@ -30,12 +30,20 @@ CHANNELS = [
 ]
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "torch", "reference"])
 def backend(request, monkeypatch):
     if request.param == "cpu":
         pytest.importorskip("numba")
-    monkeypatch.setenv("KERNELGRAFT_BACKEND", request.param)
+    if request.param == "torch":  # which has no kernel maps of its own
+        monkeypatch.setattr(sys.modules[__name__], "sparse_conv", gathering)
+    else:
+        monkeypatch.setenv("KERNELGRAFT_BACKEND", request.param)
     return request.param
+
+
+def gathering(*args, **options):
+    """The op by the dataflow that the backend torch has."""
+    return ops.sparse_conv(*args[:6], **options | {"dataflow": "gather_scatter"})
 
 
 def parts(geometry, cin, cout, groups, rows, seed=0, dtype=torch.float64):
@@ -332,3 +340,51 @@ def test_each_direction_takes_its_own_dataflow():
             patch.setattr(ops, "DGRAD" if op is before[0] else "WGRAD", lambda *a, op=op: taken.append(a[-1]) or op(*a))
         sparse_conv(x, weight, bias, known.neighbors, True, dataflow=config).sum().backward()
     assert taken == ["auto", "implicit_gemm"]
+
+
+def test_a_row_that_is_not_there_is_named():
+    pytest.importorskip("numba")
+    far = torch.tensor([[0], [100_000_000]], dtype=torch.int32)
+    x, weight = torch.ones(2, 4, requires_grad=True), torch.ones(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="row 100000000 of x, which has 2"):
+        sparse_conv(x, weight, None, far)
+    near = torch.tensor([[0], [1]], dtype=torch.int32)
+    sparse_conv(x, weight, None, near)
+    with pytest.raises(ValueError, match="row 1 of x, which has 1"):
+        sparse_conv(x[:1], weight, None, near)
+
+
+def test_gradients_within_autocast(backend):
+    known = KernelMap.of(ConvGeometry.of(3, 3, submanifold=True), random_sites(3))
+    leaves = parts(known.geometry, 4, 4, 1, len(known.inputs), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sparse_conv(*leaves, known.neighbors, True)
+        found = torch.autograd.grad(out.float().square().sum(), leaves)
+    assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in found)
+
+
+def test_one_map_serves_inputs_of_other_lengths(backend):
+    neighbors = torch.tensor([[0, -1], [2, 1]], dtype=torch.int32)
+    weight = torch.randn(2, 1, 3, 2)
+    for rows in (3, 5, 3):
+        x = torch.randn(rows, 3, requires_grad=True)
+        sparse_conv(x, weight, None, neighbors).sum().backward()
+        assert x.grad.shape == (rows, 3)
+
+
+def test_an_infinite_gradient_stops_at_an_activation(backend):
+    x, weight = -torch.ones(1, 2, requires_grad=True), torch.ones(1, 1, 2, 2)
+    out = sparse_conv(x, weight, None, torch.zeros(1, 1, dtype=torch.int32), False, "relu")
+    (grad,) = torch.autograd.grad(out, x, torch.full((1, 2), torch.inf))
+    assert grad.eq(0).all()
+
+
+def test_taps_that_are_filled_up_compute_the_same():
+    known = KernelMap.of(ConvGeometry.of(3, 3, 2, 1), random_sites(3))
+    leaves = [leaf.detach() for leaf in parts(known.geometry, 6, 4, 2, len(known.inputs))]
+    split = gather._split(known.neighbors, 0.5)
+    assert any(len(batch) > 1 for batch in split.batches)
+    found = gather._products(leaves[0], leaves[1], split, len(known.outputs), backwards=False)
+    assert_close("y", reference.sparse_conv(leaves[0], leaves[1], None, known.neighbors), found, 1e-13)
+    found = gather._products(found, leaves[1].transpose(2, 3), split, len(known.inputs), backwards=True)
+    assert found.shape == leaves[0].shape

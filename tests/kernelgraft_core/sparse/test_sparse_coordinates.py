@@ -21,11 +21,13 @@ from .clouds import random_sites
         ([[0, 1, 2], [0, -1, 2]], {}, r"row 1 .* \[0, -1, 2\], expected none below 0"),
         ([[0, 1, 2], [3, 1, 2]], {"batch_size": 2}, r"row 1 .* \[3, 1, 2\], which is beyond batch_size = 2"),
         ([[0, 1, 9]], {"spatial_shape": (4, 9)}, r"row 0 .* \[0, 1, 9\], which is beyond .* \(4, 9\)"),
-        ([[0, 1, 2]], {"spatial_shape": (4, 4, 4)}, r"spatial_shape is \(4, 4, 4\), expected one number or 2"),
+        ([[0, 1, 2]], {"spatial_shape": (4, 4, 4)}, r"spatial_shape is \(4, 4, 4\), expected one whole number or 2"),
         ([[0, 1, 2]], {"stride": 0}, "stride is 0"),
         ([[0] * 6], {}, r"\(1, 6\), expected \(N, 1 \+ D\)"),
         ([[0, 1.5, 2]], {}, "float32, expected integers"),
-        ([[0, 2**31 - 1, 2**31 - 1, 2**31 - 1]], {}, r"more than 2\^62"),
+        ([[0, 2**31 - 2, 2**31 - 2, 2**31 - 2]], {}, r"more than 2\^62"),
+        ([[0, 3_000_000_000], [0, 5]], {}, r"spatial_shape \(3000000001,\), at most 2147483647"),
+        ([[0, 1, 2]], {"stride": (2.5, 1)}, r"stride is \(2\.5, 1\), expected one whole number"),
     ],
 )
 def test_what_is_wrong_is_named(rows, options, message):

@@ -159,7 +159,7 @@ def test_backends_agree_where_lines_are_full_or_empty(ordered, name, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel_size": (3, 3)}, r"kernel_size is \(3, 3\), expected one number or 3"),
+        ({"kernel_size": (3, 3)}, r"kernel_size is \(3, 3\), expected one whole number or 3"),
         ({"kernel_size": 0}, "kernel_size is 0"),
         ({"kernel_size": 17}, "4913 taps, at most 4096"),
         ({"kernel_size": 3, "stride": (1, 2)}, "stride is"),

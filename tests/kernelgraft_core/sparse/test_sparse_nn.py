@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernelgraft_core.sparse import SparseTensor, kernel_maps, nn
+from kernelgraft_core.sparse import ConvGeometry, KernelMap, SparseTensor, kernel_maps, nn
 from kernelgraft_core.sparse.coordinates import Coordinates
 from kernelgraft_core.sparse.models import MinkUNet, centerpoint_encoder, second_encoder
 
@@ -279,7 +279,7 @@ def test_sync_batch_norm_keeps_weights():
 
 STEP = """
 import sys, torch
-from kernelgraft_core.sparse import SparseTensor, kernel_maps, nn
+from kernelgraft_core.sparse import ConvGeometry, KernelMap, SparseTensor, kernel_maps, nn
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -318,3 +318,58 @@ def test_a_minkunet_takes_any_grid_and_loses_no_site():
     whole = SparseTensor(thin.feats, indices, spatial_shape=(16, 16, 16))
     assert torch.equal(out, model(whole))
     assert whole.coordinates.rounded(16) is whole.coordinates
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_means_do_not_lose_count_in_half_types(dtype):
+    indices = torch.cartesian_prod(torch.arange(1), torch.arange(40), torch.arange(40), torch.arange(30))
+    x = SparseTensor(torch.ones(len(indices), 2, dtype=dtype), indices)
+    assert nn.GlobalPool("mean")(x).eq(1).all()
+    large = x.replace(torch.full_like(x.feats, 3008))
+    assert nn.AvgPool(3)(large).feats.eq(3008).all()
+
+
+def test_norms_without_rows_keep_their_parameters_in_the_graph():
+    norm = nn.BatchNorm(3)
+    empty = SparseTensor(torch.empty(0, 3), torch.empty(0, 4, dtype=torch.int32), spatial_shape=(4, 4, 4))
+    norm(empty).feats.sum().backward()
+    assert norm.weight.grad.eq(0).all()
+    assert SparseTensor(torch.empty(0, 3), torch.empty(0, 4, dtype=torch.int32)).spatial_shape == (1, 1, 1)
+
+
+def test_a_layer_of_one_tap_keeps_rows_in_their_order():
+    x = cloud(4)
+    found = nn.Conv3d(4, 5, 1)(x)
+    assert found.coordinates is x.coordinates
+    with pytest.raises(ValueError, match="were not made by a convolution"):
+        nn.InverseConv3d(5, 4, 1)(found)
+
+
+def test_coordinates_are_their_own_and_travel(tmp_path):
+    rows = cloud(2).coords.clone()
+    x = SparseTensor(torch.randn(len(rows), 2), rows)
+    layer = nn.SubMConv3d(2, 2, 3)
+    wanted = layer(x).feats
+    rows[:, 1] += 1
+    assert torch.equal(layer(x).feats, wanted)
+    torch.save(x, tmp_path / "x.pt")
+    again = torch.load(tmp_path / "x.pt", weights_only=False)
+    assert torch.equal(layer(again).feats, wanted)
+    with pytest.raises(ValueError, match=r"stride = 2.* are given beside"):
+        SparseTensor(x.feats, x.coordinates, stride=2)
+
+
+def test_maps_of_inputs_that_are_gone_are_dropped():
+    target = cloud(2).coordinates
+    geometry = ConvGeometry.of(3, 3, padding=1)
+    for seed in range(8):
+        KernelMap.of(geometry, random_sites(3, seed, shape=target.spatial_shape, batch=target.batch_size), target)
+    assert len(target.found) <= 2
+
+
+def test_maps_are_found_without_a_trace(unet):
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    unet.train()
+    kernel_maps(unet, cloud(4))
+    assert all(module.training for module in unet.modules())
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())

@@ -1,5 +1,6 @@
 """The autotuner: groups by map, choices by cost, and a file that ships with a model."""
 
+import dataclasses
 import json
 
 import pytest
@@ -141,3 +142,21 @@ def test_a_file_of_another_kind_is_refused(change, result, tmp_path):
     path.write_text("not JSON" if changed else "")
     with pytest.raises(ValueError, match=r"tuned\.json is no result"):
         TuneResult.load(path)
+
+
+def test_what_a_cpu_knows_of_a_map_is_paid_for_once():
+    known = costs(
+        forward={"implicit_gemm": (10, 5), "gather_scatter": (11, 5)},
+        dgrad={"implicit_gemm": (10, 5)},
+        wgrad={"implicit_gemm": (10, 5), "gather_scatter": (10, 5)},
+    )
+    here, there = Dataflow("implicit_gemm"), Dataflow("gather_scatter")
+    total = tuner._total({"forward": here, "dgrad": here, "wgrad": here}, known, True, "free", "cpu")
+    assert total == 35
+    assert tuner._total({"forward": here, "dgrad": here, "wgrad": here}, known, False, "free", "cpu") == 40
+    assert tuner._total({"forward": there, "dgrad": here, "wgrad": there}, known, True, "free", "cpu") == 41
+
+
+def test_a_result_of_a_gpu_is_not_for_a_cpu(model, result):
+    with pytest.raises(ValueError, match="tuned on sm_90, the model is on cpu"):
+        dataclasses.replace(result, arch="sm_90").apply(model)

@@ -19,8 +19,8 @@ from kernelgraft_core.sparse.conv.ops import sparse_conv
 from kernelgraft_core.sparse.coordinates import Coordinates
 from kernelgraft_core.sparse.geometry import ConvGeometry
 from kernelgraft_core.sparse.kernel_map import KernelMap
-from kernelgraft_core.sparse.nn.pooling import GlobalPool
-from kernelgraft_core.sparse.pool.ops import sparse_max_pool, sparse_sum_pool
+from kernelgraft_core.sparse.nn.pooling import GlobalPool, average_pool
+from kernelgraft_core.sparse.pool.ops import sparse_max_pool
 from kernelgraft_core.sparse.tensor import SparseTensor
 
 __version__ = "2.3.8"
@@ -89,6 +89,11 @@ class SparseConvTensor:
     def indices(self) -> Tensor:
         return self._tensor.coords
 
+    @indices.setter
+    def indices(self, value: Tensor) -> None:
+        known = self.coordinates
+        self._set(self.features, Coordinates(value, known.spatial_shape, known.batch_size), {})
+
     @property
     def spatial_shape(self) -> list[int]:
         return list(self._tensor.spatial_shape)
@@ -129,11 +134,10 @@ class SparseConvTensor:
         return cls._of(made.feats, made.coordinates, {})
 
     def select_by_index(self, valid_indices: Tensor) -> SparseConvTensor:
-        """Only those rows."""
-        keep = torch.zeros(len(self.features), dtype=torch.bool, device=self.features.device)
-        keep[valid_indices] = True
-        left = self._tensor.prune(keep)
-        return SparseConvTensor._of(left.feats, left.coordinates, {})
+        """Only those rows, in that order."""
+        known = self.coordinates
+        sites = Coordinates(known.indices[valid_indices], known.spatial_shape, known.batch_size, known.stride)
+        return SparseConvTensor._of(self.features[valid_indices], sites, {})
 
     def minus(self) -> SparseConvTensor:
         return self.replace_feature(-self.features)
@@ -307,8 +311,7 @@ class _Pool(SparseModule):
         if self.indice_key is not None:
             x.indice_dict[self.indice_key] = known
         if self.mean:
-            counts = (known.neighbors >= 0).sum(1, keepdim=True).clamp_(min=1)
-            features = sparse_sum_pool(x.features, known.neighbors) / counts.to(x.features.dtype)
+            features = average_pool(x.features, known.neighbors)
         else:
             features = sparse_max_pool(x.features, known.neighbors)
         return SparseConvTensor._of(features, known.outputs, x.indice_dict)

@@ -262,6 +262,8 @@ class Conv3d(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Any) -> Any:
+        if len(x.feats) != len(x.coords):
+            raise ValueError(f"there are {len(x.feats)} rows of features and {len(x.coords)} of coordinates")
         if self.geometry.volume == 1 and self.geometry.submanifold:
             return x.like(nn.functional.linear(x.feats, self.kernel.view(*self.kernel.shape[-2:]).T, self.bias))
         key = self.kernel_size, self.stride, self.dilation
@@ -276,6 +278,8 @@ class Conv3d(nn.Module):
             known, coords, reach = found[0].inverse, x.cmaps[finer], found[1]
         else:
             known, reach = self._map(x), x.spatial_range
+            if self.transposed:
+                known = known.inverse
             coords = x.coords if self.geometry.submanifold else x.rows_of(known.outputs)
             x.kmaps[x.stride, *key] = known, reach
             x.cmaps.setdefault(x.stride, x.coords)

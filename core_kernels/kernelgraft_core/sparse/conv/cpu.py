@@ -31,7 +31,10 @@ PART_TILES = 8  # tiles whose share of a weight's gradient is summed together, a
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of rows by tile of ``tile_rows`` outputs, in there by tap; those of a tap have different outputs."""
+    """Pairs of rows by tile of ``tile_rows`` outputs, in there by tap; those of a tap have different outputs.
+
+    ``largest``: of ``inputs``, -1 where there are none.
+    """
 
     taps: int
     tiles: int
@@ -39,6 +42,7 @@ class Pairs:
     inputs: Tensor
     outputs: Tensor
     starts: Tensor
+    largest: int
     _bounds: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def balanced(self, parts: int, threads: int) -> tuple[int, ...]:
@@ -93,6 +97,7 @@ def multiply(
     relu: bool = False,
 ) -> Tensor:
     """The sums of the products of pairs, ``(rows, C_out)``; neither rows nor channels are 0."""
+    _check_rows(pairs, x)
     _, groups, cin, cout = weight.shape
     known = _set_for(x.dtype)
     padded = -(-cout // known.lanes) * known.lanes
@@ -120,6 +125,7 @@ def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int, d
 
 def sum_outer(x: Tensor, grad: Tensor, pairs: Pairs, groups: int) -> Tensor:
     """The gradient of a weight, ``(K, G, C_in / G, C_out / G)``; neither rows nor channels are 0."""
+    _check_rows(pairs, x)
     cin, cout = x.shape[1] // groups, grad.shape[1] // groups
     padded = -(-cout // float_set().lanes) * float_set().lanes
     # What is summed together depends on the number of tiles alone, so that threads do not change the result.
@@ -153,7 +159,13 @@ def make_pairs(neighbors: Tensor) -> Pairs:
         Launch(Phase(kernels.fill_pairs.address, tiles, 4))(
             *told, starts.data_ptr(), inputs.data_ptr(), outputs.data_ptr()
         )
-    return Pairs(taps, tiles, TILE_ROWS, inputs, outputs, starts)
+    return Pairs(taps, tiles, TILE_ROWS, inputs, outputs, starts, int(inputs.max()) if len(inputs) else -1)
+
+
+def _check_rows(pairs: Pairs, x: Tensor) -> None:
+    """The kernels read where they are told to."""
+    if pairs.largest >= len(x):
+        raise ValueError(f"neighbors names row {pairs.largest} of x, which has {len(x)}")
 
 
 def supports_sparse_conv(x: Tensor, *args: object) -> str | None:

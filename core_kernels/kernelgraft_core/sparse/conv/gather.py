@@ -2,6 +2,7 @@
 
 The dataflow of old, and still the fastest where there are many channels and few rows of a tap are missing: the library
 knows the processor best. On a GPU taps of about as many pairs are multiplied together, filled up to the longest.
+Products are rounded to the type of the features before they are added up in float32.
 """
 
 from __future__ import annotations
@@ -82,13 +83,15 @@ def _products(x: Tensor, weight: Tensor, taps: Taps, rows: int, backwards: bool)
     return out
 
 
-def _split(neighbors: Tensor) -> Taps:
+def _split(neighbors: Tensor, filled: float | None = None) -> Taps:
+    """``filled``: see :func:`batches`; by default nothing is filled up on a CPU."""
     rows = []
     for column in neighbors.T:
         outputs = (column >= 0).nonzero().squeeze(1)
         rows.append((column[outputs].long(), outputs))
     counts = [len(outputs) for _, outputs in rows]
-    filled = FILLED if neighbors.device.type == "cuda" else 0.0
+    if filled is None:
+        filled = FILLED if neighbors.device.type == "cuda" else 0.0
     return Taps(rows, batches(counts, filled))
 
 

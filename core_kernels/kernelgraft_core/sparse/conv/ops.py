@@ -100,7 +100,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, neighbors, positive = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     if positive is not None:
-        grad = grad * (positive > 0)
+        grad = torch.where(positive > 0, grad, 0)
     grad_x = grad_weight = grad_bias = None
     if needs_x:
         grad_x = DGRAD(grad, weight, neighbors, x.shape[0], ctx.symmetric, str(ctx.config.dgrad))

@@ -60,13 +60,25 @@ def packed_map(neighbors: Tensor, splits: int, rows: int) -> PackedMap:
     """A kernel map ``(N_out, K)`` packed for tiles of ``rows`` outputs, made once; ``splits`` as in a dataflow."""
     known = _packed.of((neighbors,), dict)
     if (splits, rows) not in known:
+        _refuse_capture(neighbors)
         known[splits, rows] = pack(neighbors, splits, rows)
     return known[splits, rows]
 
 
 def tap_pairs(neighbors: Tensor) -> TapPairs:
     """The pairs of a kernel map, made once."""
-    return _pairs.of((neighbors,), lambda: make_tap_pairs(neighbors))
+
+    def make() -> TapPairs:
+        _refuse_capture(neighbors)
+        return make_tap_pairs(neighbors)
+
+    return _pairs.of((neighbors,), make)
+
+
+def _refuse_capture(neighbors: Tensor) -> None:
+    """What is kept must not lie in the memory of a graph, nor wait for its replay."""
+    if neighbors.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a kernel map is packed at its first use: run the layer once before capturing a CUDA graph")
 
 
 def bitmasks(neighbors: Tensor) -> Tensor:

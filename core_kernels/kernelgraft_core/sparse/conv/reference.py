@@ -49,7 +49,7 @@ def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int, d
     found: Tensor = rows.new_zeros((neighbors.shape[1], *rows.shape[1:], grads.shape[2]))
     for tap, each in enumerate(found):
         inputs, outputs = _pairs(neighbors, tap)
-        torch.sum(rows[inputs].unsqueeze(3) * grads[outputs].unsqueeze(2), 0, out=each)
+        each.copy_(torch.einsum("ngi,ngo->gio", rows[inputs], grads[outputs]))
     return found.to(x.dtype)
 
 

@@ -138,9 +138,9 @@ def _fetch_on_demand(
     with torch.cuda.device_of(x):
         # A launch for each tap: no two pairs of one tap have the same output, and the order of additions is settled.
         for tap in range(1 if atomic else taps):
-            fetch_on_demand_kernel[tiles, columns * (taps if atomic else 1), groups](
+            fetch_on_demand_kernel[tiles * columns * (taps if atomic else 1), groups](
                 x, first, pairs.inputs, pairs.outputs, pairs.starts, target,
-                tap, cin, cout, x.shape[1], *strides, **constants(tile, cin, cout, x.dtype), ALL=atomic,
+                tap, tiles, cin, cout, x.shape[1], *strides, **constants(tile, cin, cout, x.dtype), ALL=atomic,
                 ATOMIC=atomic, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         sum_parts(target.unsqueeze(0), bias, relu, out)
@@ -153,7 +153,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int, ou
     target = torch.empty((parts, *out.shape), dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(cin, tile.rows) * triton.cdiv(cout, tile.columns)
     with torch.cuda.device_of(x):
-        weight_gradient_kernel[tiles, taps * groups, parts](
+        weight_gradient_kernel[taps * groups, tiles, parts](
             x, grad, pairs.inputs, pairs.outputs, pairs.starts, target,
             groups, cin, cout, x.shape[1], grad.shape[1], **gradient_constants(tile, cin, cout, x.dtype), PARTS=parts,
             num_warps=tile.warps, num_stages=tile.stages,

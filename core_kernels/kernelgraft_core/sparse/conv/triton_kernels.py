@@ -78,22 +78,24 @@ def sum_parts_kernel(
 @triton.jit(do_not_specialize=["tap"])
 def fetch_on_demand_kernel(
     x, weight, inputs, outputs, starts, out,
-    tap, in_channels, out_channels, x_row, weight_tap, weight_group, weight_in, weight_out,
+    tap, pair_tiles, in_channels, out_channels, x_row, weight_tap, weight_group, weight_in, weight_out,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr,
     ALL: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add the products of a tile of pairs of one tap to float32 ``out (N_out, G * out_channels)``.
 
-    Programs ``(pair tile, channel tile, group)`` for the tap that is given; or, for ALL, of all taps, that many
-    channel tiles behind each other. Without ATOMIC no two programs of a launch may have an output in common.
+    Programs ``(pair tile and channel tile, group)`` for the tap that is given; or, for ALL, of all taps, the pair tiles
+    of each behind each other. Without ATOMIC no two programs of a launch may have an output in common.
     """
-    group, channel_tiles = tl.program_id(2), tl.cdiv(out_channels, BN)
-    if ALL:
-        tap = tl.program_id(1) // channel_tiles
+    channel_tiles = tl.cdiv(out_channels, BN)
+    tile, group = tl.program_id(0) // channel_tiles, tl.program_id(1)
+    if ALL:  # the first axis of a grid is the one that may be long
+        tap = tile // pair_tiles
+        tile = tile % pair_tiles
     begin, end = tl.load(starts + tap), tl.load(starts + tap + 1)
-    pair = begin + tl.program_id(0) * BM + tl.arange(0, BM)
-    if begin + tl.program_id(0) * BM < end:
-        n, c = tl.program_id(1) % channel_tiles * BN + tl.arange(0, BN), tl.arange(0, BK)
+    pair = begin + tile * BM + tl.arange(0, BM)
+    if begin + tile * BM < end:
+        n, c = tl.program_id(0) % channel_tiles * BN + tl.arange(0, BN), tl.arange(0, BK)
         inside = pair < end
         rows = tl.load(inputs + pair, mask=inside, other=0).to(tl.int64)
         x_at = x + group * in_channels + rows[:, None] * x_row
@@ -110,7 +112,7 @@ def fetch_on_demand_kernel(
                 right = tl.load(weight_at + channel[:, None] * weight_in, mask=there, other=0.0)
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
         target = tl.load(outputs + pair, mask=inside, other=0).to(tl.int64)
-        width = out_channels * tl.num_programs(2)
+        width = out_channels * tl.num_programs(1)
         at = out + target[:, None] * width + (group * out_channels + n)[None, :]
         mask = inside[:, None] & (n < out_channels)[None, :]
         if ATOMIC:
@@ -128,12 +130,12 @@ def weight_gradient_kernel(
 ):  # fmt: skip
     """A tile of float32 ``out (PARTS, K, G, in_channels, out_channels)``: products of a share of a tap's pairs.
 
-    Programs ``(channel tile, tap * G + group, part)``. WHOLE: channels are whole tiles.
+    Programs ``(tap * G + group, channel tile, part)``. WHOLE: channels are whole tiles.
     """
-    tap, group, part = tl.program_id(1) // groups, tl.program_id(1) % groups, tl.program_id(2)
+    tap, group, part = tl.program_id(0) // groups, tl.program_id(0) % groups, tl.program_id(2)
     out_tiles = tl.cdiv(out_channels, BO)
-    i = tl.program_id(0) // out_tiles * BI + tl.arange(0, BI)
-    o = tl.program_id(0) % out_tiles * BO + tl.arange(0, BO)
+    i = tl.program_id(1) // out_tiles * BI + tl.arange(0, BI)
+    o = tl.program_id(1) % out_tiles * BO + tl.arange(0, BO)
     start, stop = tl.load(starts + tap), tl.load(starts + tap + 1)
     share = tl.cdiv(tl.cdiv(stop - start, BP), PARTS) * BP
     begin = start + part * share
@@ -154,6 +156,6 @@ def weight_gradient_kernel(
                 grad_at + target[:, None] * grad_row, mask=there[:, None] & (o < out_channels)[None, :], other=0.0
             )
         sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    at = (part.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * in_channels * out_channels
+    at = (part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * in_channels * out_channels
     mask = (i < in_channels)[:, None] & (o < out_channels)[None, :]
     tl.store(out + at + i[:, None] * out_channels + o[None, :], sums, mask=mask)

@@ -164,28 +164,50 @@ def number_sites(start: int, stop: int, args: Any) -> None:
 def sort_keys(start: int, stop: int, args: Any) -> None:
     """Sort KEYS, none above LARGEST, and their rows with them into ORDER, digit by digit; one task does it all.
 
-    The number of digits is even, so that the last one leaves both where they belong.
+    A key and its row are one number while that has room, as for any scan: half of the memory to move.
     """
     rows, largest = args[S_ROWS], args[S_LARGEST]
-    passes = 2
+    passes, row_bits = 1, 1
     while passes * DIGIT < 62 and largest >> (passes * DIGIT):
-        passes += 2
+        passes += 1
+    while rows >> row_bits:
+        row_bits += 1
     counts = np.zeros((passes, 1 << DIGIT), np.int64)
     keys = numba.carray(pointer(args[S_KEYS]), (rows,), np.int64)
     order = numba.carray(pointer(args[S_ORDER]), (rows,), np.int64)
+    spare_keys = numba.carray(pointer(args[S_SPARE_KEYS]), (rows,), np.int64)
+    spare_order = numba.carray(pointer(args[S_SPARE_ORDER]), (rows,), np.int64)
     for i in range(rows):
-        order[i] = i
         for p in range(passes):
             counts[p, (keys[i] >> (p * DIGIT)) & ((1 << DIGIT) - 1)] += 1
-    source_keys, source_order = keys, order
-    target_keys = numba.carray(pointer(args[S_SPARE_KEYS]), (rows,), np.int64)
-    target_order = numba.carray(pointer(args[S_SPARE_ORDER]), (rows,), np.int64)
     for p in range(passes):
         total = np.int64(0)
         for digit in range(1 << DIGIT):
             count = counts[p, digit]
             counts[p, digit] = total
             total += count
+    if largest >> (62 - row_bits) == 0:
+        for i in range(rows):
+            spare_keys[i] = (keys[i] << row_bits) | i
+        source, target = spare_keys, keys
+        for p in range(passes):
+            shift = p * DIGIT + row_bits
+            for i in range(rows):
+                digit = (source[i] >> shift) & ((1 << DIGIT) - 1)
+                place = counts[p, digit]
+                counts[p, digit] = place + 1
+                target[place] = source[i]
+            source, target = target, source
+        for i in range(rows):
+            both = source[i]
+            order[i] = both & ((1 << row_bits) - 1)
+            keys[i] = both >> row_bits
+        return
+    for i in range(rows):
+        order[i] = i
+    source_keys, source_order = keys, order
+    target_keys, target_order = spare_keys, spare_order
+    for p in range(passes):
         for i in range(rows):
             digit = (source_keys[i] >> (p * DIGIT)) & ((1 << DIGIT) - 1)
             place = counts[p, digit]
@@ -194,3 +216,6 @@ def sort_keys(start: int, stop: int, args: Any) -> None:
             target_order[place] = source_order[i]
         source_keys, target_keys = target_keys, source_keys
         source_order, target_order = target_order, source_order
+    if passes % 2:
+        keys[:] = spare_keys
+        order[:] = spare_order

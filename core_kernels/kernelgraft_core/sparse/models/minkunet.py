@@ -38,7 +38,7 @@ class MinkUNet(nn.Module):
         self.head = nn.Linear(here, classes)
 
     def forward(self, x: SparseTensor) -> Tensor:
-        x = self.stem(SparseTensor(x.feats, x.coordinates.rounded(2 ** len(self.down))))
+        x = self.stem(x.rounded(2 ** len(self.down)))
         skips = []
         for down in self.down:
             skips.append(x)

@@ -159,6 +159,10 @@ class _InverseConv(SparseConvolution):
     ) -> None:
         super().__init__(in_channels, out_channels, ConvGeometry.of(self.dimensions, kernel_size), groups, bias)
 
+    @property
+    def pointwise(self) -> bool:
+        return False  # its outputs are at other sites
+
     def map_of(self, coordinates: Coordinates) -> KernelMap:
         if coordinates.made_by is None:
             raise ValueError(f"the sites of {coordinates} were not made by a convolution: there is nothing to invert")

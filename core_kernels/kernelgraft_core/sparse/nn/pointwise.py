@@ -49,9 +49,17 @@ class LayerNorm(_OnFeatures, nn.LayerNorm):
 class BatchNorm(_OnFeatures, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` over all sites of all grids."""
 
+    def forward(self, x: Any) -> Any:
+        if len(x.feats) or not self.affine:
+            return super().forward(x)
+        return x.replace(x.feats * self.weight + self.bias)  # nothing, but a gradient of the parameters for DDP
+
 
 class SyncBatchNorm(_OnFeatures, nn.SyncBatchNorm):
     """:class:`torch.nn.SyncBatchNorm`, statistics over the sites of all processes."""
+
+    def forward(self, x: Any) -> Any:
+        return x.replace(nn.SyncBatchNorm.forward(self, x.feats))  # without rows as well: the others wait for it
 
     @classmethod
     def convert(cls, module: nn.Module, process_group: object = None) -> nn.Module:

@@ -53,8 +53,14 @@ class AvgPool(_Pool):
     __doc__ = f"The mean of each channel. {_Pool.__doc__}"
 
     def _pool(self, feats: Tensor, neighbors: Tensor) -> Tensor:
-        counts = (neighbors >= 0).sum(1, keepdim=True).clamp_(min=1)
-        return sparse_sum_pool(feats, neighbors) / counts.to(feats.dtype)
+        return average_pool(feats, neighbors)
+
+
+def average_pool(feats: Tensor, neighbors: Tensor) -> Tensor:
+    """Means of the rows that each output reads, summed in float32 at least; 0 where it reads none."""
+    counts = (neighbors >= 0).sum(1, keepdim=True).clamp_(min=1)
+    wide = feats.to(torch.promote_types(feats.dtype, torch.float32))
+    return (sparse_sum_pool(wide, neighbors) / counts).to(feats.dtype)
 
 
 class GlobalPool(nn.Module):
@@ -75,8 +81,9 @@ class GlobalPool(nn.Module):
         order = None if bool((grid[1:] >= grid[:-1]).all()) else grid.argsort(stable=True)
         lengths = torch.bincount(grid, minlength=x.batch_size)
         feats = x.feats if order is None else x.feats[order]
-        found = torch.segment_reduce(feats, self.reduce, lengths=lengths, axis=0)
-        return torch.where((lengths > 0).unsqueeze(1), found, 0)
+        wide = feats.to(torch.promote_types(feats.dtype, torch.float32))
+        found = torch.segment_reduce(wide, self.reduce, lengths=lengths, axis=0)
+        return torch.where((lengths > 0).unsqueeze(1), found, 0).to(feats.dtype)
 
     def extra_repr(self) -> str:
         return self.reduce

@@ -60,7 +60,8 @@ def _plan(
         tiles = -(-sizes[1] // tile_rows)
         counts = torch.bincount(merged.outputs // tile_rows * taps + merged.relations, minlength=tiles * taps)
         bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        pairs = Pairs(taps, tiles, tile_rows, merged.inputs.int(), merged.outputs.int(), bounds)
+        largest = int(merged.inputs.max()) if len(merged.inputs) else -1
+        pairs = Pairs(taps, tiles, tile_rows, merged.inputs.int(), merged.outputs.int(), bounds, largest)
         known[key] = _Plan(merged, pairs)
     return known[key]
 

@@ -40,7 +40,8 @@ def pair_gemm(
         ``(N_out, C_out)``, dtype of ``x``. Differentiable in ``x`` and ``weight``.
 
     Raises:
-        ValueError: a shape, dtype, device or row is wrong, or ``scale`` wants a gradient.
+        ValueError: a shape, dtype or device is wrong, or ``scale`` wants a gradient; on a CPU, and outside of compiled
+            code, also a row that is not there: asking a GPU would mean to wait for it.
         NoBackendError: no backend can run the call.
     """
     if weight.dim() == 3:

@@ -45,17 +45,19 @@ def pair_gemm(
     if not (rows and len(inputs) and weight.numel()):
         return x.new_zeros((rows, groups * cout))
     plan = _plan(inputs, outputs, starts, scale, (len(x), rows))
-    values = plan.merged.rows(x).to(x.dtype).contiguous()
+    # Sums of many rows may leave the range of a half type; float32 they are, and so is what multiplies them.
+    values = plan.merged.rows(x).contiguous()
+    weight = weight.to(values.dtype)
     products = torch.zeros((len(plan.places), groups * cout), dtype=torch.float32, device=x.device)
-    chosen = product_of("forward", PAIRS, rows, cin, cout, x)
+    chosen = product_of("forward", PAIRS, rows, cin, cout, values)
 
     def launch(tile: Tile) -> None:
-        columns = triton.cdiv(cout, tile.columns)
+        tiles, columns = triton.cdiv(plan.longest, tile.rows), triton.cdiv(cout, tile.columns)
         with torch.cuda.device_of(x):
-            fetch_on_demand_kernel[triton.cdiv(plan.longest, tile.rows), columns * taps, groups](
+            fetch_on_demand_kernel[tiles * columns * taps, groups](
                 values, weight, plan.inputs, plan.places, plan.starts, products,
-                0, cin, cout, values.shape[1], *weight.stride(), **constants(tile, cin, cout, x.dtype), ALL=True,
-                ATOMIC=False, num_warps=tile.warps, num_stages=tile.stages,
+                0, tiles, cin, cout, values.shape[1], *weight.stride(), **constants(tile, cin, cout, values.dtype),
+                ALL=True, ATOMIC=False, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
 
     run_tile(chosen, launch)
@@ -72,9 +74,11 @@ def pair_gemm_wgrad(
     if not (len(inputs) and found.numel()):
         return found
     plan = _plan(inputs, outputs, starts, scale, (len(x), len(grad)))
-    values, grad = plan.merged.rows(x).to(x.dtype).contiguous(), grad.contiguous()
+    values = plan.merged.rows(x).contiguous()
+    grad = grad.to(values.dtype).contiguous()
     run_tile(
-        product_of("wgrad", PAIRS, len(grad), cin, cout, x), functools.partial(_sum_outer, values, grad, plan, found)
+        product_of("wgrad", PAIRS, len(grad), cin, cout, values),
+        functools.partial(_sum_outer, values, grad, plan, found),
     )
     return found
 
@@ -84,7 +88,7 @@ def _sum_outer(x: Tensor, grad: Tensor, plan: _Plan, out: Tensor, tile: Tile) ->
     target = torch.empty((1, *out.shape), dtype=torch.float32, device=x.device)  # many relations fill a GPU
     tiles = triton.cdiv(cin, tile.rows) * triton.cdiv(cout, tile.columns)
     with torch.cuda.device_of(x):
-        weight_gradient_kernel[tiles, taps * groups, 1](
+        weight_gradient_kernel[taps * groups, tiles, 1](
             x, grad, plan.inputs, plan.outputs, plan.starts, target, groups, cin, cout, x.shape[1], grad.shape[1],
             **gradient_constants(tile, cin, cout, x.dtype), PARTS=1, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
