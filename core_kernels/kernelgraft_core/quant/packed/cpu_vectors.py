@@ -69,7 +69,6 @@ def instruction_set() -> InstructionSet:
     return next(known for known in INSTRUCTION_SETS if is_there(known))
 
 
-@functools.cache
 def is_there(known: InstructionSet) -> bool:
     """Whether numba compiles it for here, and torch uses as much."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
