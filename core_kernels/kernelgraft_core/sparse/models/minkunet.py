@@ -44,6 +44,9 @@ class MinkUNet(nn.Module):
             skips.append(x)
             x = down(x)
         for up, merge in zip(self.up, self.merge, strict=True):
-            x = merge(up(x).cat(skips.pop()))
+            assert isinstance(merge, nn.Sequential)
+            x = up(x).cat(skips.pop())
+            for block in merge:  # one by one: a sequence would hold what it was given until its end
+                x = block(x)
         logits: Tensor = self.head(x.feats)
         return logits
