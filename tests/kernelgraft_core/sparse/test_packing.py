@@ -1,5 +1,9 @@
 """Orders and tiles of GPU dataflows: every pair is there once, and no more taps than are needed."""
 
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +15,7 @@ from kernelgraft_core.sparse.conv.macs import executed_rows, overhead, useful_ro
 from kernelgraft_core.sparse.conv.packing import bitmasks, make_tap_pairs, mask_order, pack, packed_map, tap_parts
 from kernelgraft_core.sparse.geometry import ConvGeometry
 from kernelgraft_core.sparse.kernel_map import KernelMap
+from kernelgraft_core.sparse.voxels import voxelize
 
 from .clouds import random_sites
 
@@ -119,3 +124,13 @@ def test_taps_are_batched_where_little_is_filled_up():
     assert batches([5, 100, 99, 5, 98], 0.25) == [[1, 2, 4], [0, 3]]
     assert batches([5, 100, 99], 0.0) == [[1], [2], [0]]
     assert batches([], 0.25) == []
+
+
+def test_three_splits_waste_little_on_a_real_scan():
+    path = Path(os.environ.get("KERNELGRAFT_TEST_DATA", "../shared/data")) / "lidar/kitti/000008.bin"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    points = torch.from_numpy(np.fromfile(path, np.float32)).view(-1, 4)
+    x, _ = voxelize(points[:, :3].contiguous(), points, (0.05, 0.05, 0.1))
+    neighbors = KernelMap.of(ConvGeometry.of(3, 3, submanifold=True), x.coordinates).neighbors
+    assert overhead(neighbors, Dataflow("implicit_gemm", 3), 128) <= 1.7
