@@ -345,7 +345,8 @@ class Conv3d2(Conv3d):
 
 def _on_features(name: str, base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Any) -> Any:
-        return x.like(base.forward(self, x.feats)) if len(x.feats) else x
+        # Without rows there is nothing to do, but other processes wait for statistics.
+        return x.like(base.forward(self, x.feats)) if len(x.feats) or base is nn.SyncBatchNorm else x
 
     return type(name, (base,), {"forward": forward, "__module__": __name__, "__doc__": f"torch's {base.__name__}."})
 
