@@ -18,7 +18,7 @@ CHANNELS = [16, 32, 64, 128, 256]
 def tiles_of(kernel, channels, dtype):
     direction = "wgrad" if kernel == "weight_gradient" else "forward"
     size = DTYPES[dtype].itemsize
-    product = triton_tiles.Product(direction, kernel, 100_000, channels, channels, size, "any")
+    product = triton_tiles.Product.of(direction, kernel, 100_000, channels, channels, size, "any")
     return triton_tiles.candidates(product).values()
 
 

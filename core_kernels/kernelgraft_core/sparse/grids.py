@@ -24,6 +24,11 @@ def grid_steps(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
+def starts_of(counts: Tensor) -> Tensor:
+    """Where each of ``counts (K,)`` entries that follow each other begins, and where the last ends: ``(K + 1,)``."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
 def grid_keys(indices: Tensor, steps: Sequence[int]) -> Tensor:
     """The numbers int64 ``(N,)`` of sites ``(N, 1 + D)``."""
     keys = indices[:, 0].long() * steps[0]

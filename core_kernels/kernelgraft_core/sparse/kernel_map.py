@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .coordinates import Coordinates, Keys
 from .geometry import ConvGeometry
+from .grids import starts_of
 from .maps.exchanged import exchanged
 from .maps.ops import sparse_keys, sparse_neighbors, sparse_transpose
 
@@ -107,7 +108,7 @@ class KernelMap:
         columns = self.neighbors.T
         tap, output = (columns >= 0).nonzero(as_tuple=True)
         counts = torch.bincount(tap, minlength=len(columns))
-        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        starts = starts_of(counts)
         return columns[tap, output], output.to(torch.int32), starts
 
 

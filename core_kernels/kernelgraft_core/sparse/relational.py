@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernelgraft_core.runtime.derived import Derived
 
+from .grids import starts_of
 from .pair_gemm.ops import pair_gemm
 
 Edges = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -43,7 +44,7 @@ def relational_edges(
     types, order = edge_type.sort(stable=True)
     sources, targets = edge_index[:, order]
     counts = torch.bincount(types, minlength=relations)
-    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    starts = starts_of(counts)
     scale = None
     if aggregation == "mean":
         _, which, alike = (types * rows + targets).unique(return_inverse=True, return_counts=True)

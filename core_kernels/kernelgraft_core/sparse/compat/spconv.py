@@ -19,6 +19,7 @@ from kernelgraft_core.sparse.conv.ops import sparse_conv
 from kernelgraft_core.sparse.coordinates import Coordinates
 from kernelgraft_core.sparse.geometry import ConvGeometry
 from kernelgraft_core.sparse.kernel_map import KernelMap
+from kernelgraft_core.sparse.nn.conv import begin_uniform
 from kernelgraft_core.sparse.nn.pooling import GlobalPool, average_pool
 from kernelgraft_core.sparse.pool.ops import sparse_max_pool
 from kernelgraft_core.sparse.tensor import SparseTensor
@@ -247,10 +248,7 @@ class SparseConvolution(SparseModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(max(1, self.geometry.volume * self.in_channels))
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        begin_uniform(self, self.geometry.volume * self.in_channels)
 
     def forward(self, x: SparseConvTensor) -> SparseConvTensor:
         if x.features.shape[1] != self.in_channels:

@@ -19,6 +19,8 @@ from kernelgraft_core.sparse.conv.ops import sparse_conv
 from kernelgraft_core.sparse.coordinates import Coordinates, per_axis
 from kernelgraft_core.sparse.geometry import ConvGeometry
 from kernelgraft_core.sparse.kernel_map import KernelMap
+from kernelgraft_core.sparse.layouts import convert_weight
+from kernelgraft_core.sparse.nn.conv import begin_uniform
 
 Sizes = int | Sequence[int]
 Level = str
@@ -257,9 +259,7 @@ class Conv3d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt((self.out_channels if self.transposed else self.in_channels) * self.geometry.volume)
-        for parameter in self.parameters(recurse=False):
-            nn.init.uniform_(parameter, -bound, bound)
+        begin_uniform(self, (self.out_channels if self.transposed else self.in_channels) * self.geometry.volume)
 
     def forward(self, x: Any) -> Any:
         if len(x.feats) != len(x.coords):
@@ -285,7 +285,7 @@ class Conv3d(nn.Module):
             x.cmaps.setdefault(x.stride, x.coords)
             if not self.geometry.submanifold and reach is not None:
                 reach = known.outputs.batch_size, *known.outputs.spatial_shape
-        weight = self.kernel.view(self.geometry.volume, self.in_channels, self.out_channels)[self._order()].unsqueeze(1)
+        weight = convert_weight(self.kernel, "torchsparse", "kernelgraft", self.kernel_size)
         feats = sparse_conv(x.feats, weight, self.bias, known.neighbors, known.symmetric)
         made = type(x)(feats, coords, known.outputs.stride, reach)
         made._caches = x._caches
@@ -309,13 +309,6 @@ class Conv3d(nn.Module):
             rows = every.indices[(every.indices * steps >= sites.indices.amin(0))[:, 1:].all(1)]
         outputs = Coordinates.known(rows.contiguous(), every.spatial_shape, every.batch_size, every.stride)
         return KernelMap.of(self.geometry, sites, outputs)
-
-    def _order(self) -> list[int]:
-        """Which of torchsparse's taps is each of ours, the last axis fastest."""
-        kx, ky, kz = self.kernel_size
-        if self.geometry.volume % 2 == 0:
-            return list(range(self.geometry.volume))
-        return [x + kx * (y + ky * z) for x in range(kx) for y in range(ky) for z in range(kz)]
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
 from kernelgraft_core.runtime.threads import Launch, Phase, available_threads, parallel_for
+from kernelgraft_core.sparse.grids import starts_of
 from kernelgraft_core.sparse.maps.exchanged import exchanged
 
 from . import reference
@@ -31,10 +32,7 @@ PART_TILES = 8  # tiles whose share of a weight's gradient is summed together, a
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of rows by tile of ``tile_rows`` outputs, in there by tap; those of a tap have different outputs.
-
-    ``largest``: of ``inputs``, -1 where there are none.
-    """
+    """Pairs of rows by tile of ``tile_rows`` outputs, in there by tap; those of a tap have different outputs."""
 
     taps: int
     tiles: int
@@ -42,8 +40,12 @@ class Pairs:
     inputs: Tensor
     outputs: Tensor
     starts: Tensor
-    largest: int
     _bounds: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """Of ``inputs``, -1 where there are none."""
+        return int(self.inputs.max()) if len(self.inputs) else -1
 
     def balanced(self, parts: int, threads: int) -> tuple[int, ...]:
         """Numbers of parts that cut all of them into ``threads`` shares of about as many pairs.
@@ -153,13 +155,13 @@ def make_pairs(neighbors: Tensor) -> Pairs:
     told = TILE_ROWS, rows, taps, neighbors.data_ptr(), counts.data_ptr()
     if tiles:
         Launch(Phase(kernels.count_pairs.address, tiles, 4))(*told, 0, 0, 0)
-    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    starts = starts_of(counts)
     inputs, outputs = (torch.empty(int(starts[-1]), dtype=torch.int32) for _ in range(2))
     if tiles:
         Launch(Phase(kernels.fill_pairs.address, tiles, 4))(
             *told, starts.data_ptr(), inputs.data_ptr(), outputs.data_ptr()
         )
-    return Pairs(taps, tiles, TILE_ROWS, inputs, outputs, starts, int(inputs.max()) if len(inputs) else -1)
+    return Pairs(taps, tiles, TILE_ROWS, inputs, outputs, starts)
 
 
 def _check_rows(pairs: Pairs, x: Tensor) -> None:
@@ -169,14 +171,11 @@ def _check_rows(pairs: Pairs, x: Tensor) -> None:
 
 
 def supports_sparse_conv(x: Tensor, *args: object) -> str | None:
+    # What a gradient is told, one dataflow, reads as that of all three directions.
     return _unsupported(x, ConvConfig.parse(str(args[-1])).forward)
 
 
-def supports_sparse_conv_dgrad(grad: Tensor, *args: object) -> str | None:
-    return _unsupported(grad, Dataflow.parse(str(args[-1])))
-
-
-supports_sparse_conv_wgrad = supports_sparse_conv_dgrad
+supports_sparse_conv_dgrad = supports_sparse_conv_wgrad = supports_sparse_conv
 
 
 def _unsupported(x: Tensor, dataflow: Dataflow) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
 
-from .dataflow import ConvConfig, Dataflow
+from .dataflow import ConvConfig
 
 FILLED = 0.25  # more rows, relative to those there are, that filling up a batch of taps may cost on a GPU
 
@@ -110,17 +110,10 @@ def batches(counts: list[int], filled: float) -> list[list[int]]:
     return found
 
 
-def supports_sparse_conv(x: Tensor, weight: Tensor, bias: Tensor | None, neighbors: Tensor, symmetric: bool,
-                         activation: str, dataflow: str) -> str | None:  # fmt: skip
-    return _unsupported(ConvConfig.parse(dataflow).forward)
+def supports_sparse_conv(*args: object) -> str | None:
+    # What a gradient is told, one dataflow, reads as that of all three directions.
+    chosen = ConvConfig.parse(str(args[-1])).forward
+    return None if chosen.kind in ("auto", "gather_scatter") else f"dataflow is {chosen}"
 
 
-def supports_sparse_conv_dgrad(*args: object) -> str | None:
-    return _unsupported(Dataflow.parse(str(args[-1])))
-
-
-supports_sparse_conv_wgrad = supports_sparse_conv_dgrad
-
-
-def _unsupported(dataflow: Dataflow) -> str | None:
-    return None if dataflow.kind in ("auto", "gather_scatter") else f"dataflow is {dataflow}"
+supports_sparse_conv_dgrad = supports_sparse_conv_wgrad = supports_sparse_conv

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
+from kernelgraft_core.sparse.grids import starts_of
 
 WORD = 62  # taps of a bitmask word: its number stays positive
 
@@ -119,7 +120,7 @@ def pack(neighbors: Tensor, splits: int, rows: int) -> PackedMap:
     entries = neighbors.new_full((len(there) + 1, rows), -1).index_copy_(0, place, torch.cat(blocks))
     named = neighbors.new_zeros(len(there) + 1).index_copy_(0, place, torch.cat(names))
     counts = torch.cat([each.sum(1) for each in present])
-    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
+    starts = starts_of(counts).to(torch.int32)
     return PackedMap(entries, named, starts, torch.cat(orders), len(parts))
 
 
@@ -139,5 +140,5 @@ def make_tap_pairs(neighbors: Tensor) -> TapPairs:
     outputs = torch.arange(rows, dtype=torch.int32, device=neighbors.device).repeat(taps)
     both = torch.stack((columns.flatten(), outputs), 1)
     both = neighbors.new_zeros((rows * taps + 1, 2)).index_copy_(0, place, both)
-    starts = torch.cat((found.new_zeros(1), (columns >= 0).sum(1).cumsum(0))).to(torch.int32)
+    starts = starts_of((columns >= 0).sum(1)).to(torch.int32)
     return TapPairs(both[:, 0].contiguous(), both[:, 1].contiguous(), starts)

@@ -22,7 +22,7 @@ from kernelgraft_core.sparse.maps.exchanged import exchanged
 
 from . import reference
 from .dataflow import ConvConfig, Dataflow
-from .packing import packed_map, tap_pairs
+from .packing import TapPairs, packed_map, tap_pairs
 from .triton_kernels import fetch_on_demand_kernel, implicit_gemm_kernel, sum_parts_kernel, weight_gradient_kernel
 from .triton_tiles import OP, VERSION, Product, Tile, candidates, choose
 
@@ -54,7 +54,8 @@ def sparse_conv_wgrad(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int, d
         return found
     x, grad = x.contiguous(), grad.contiguous()
     product = product_of("wgrad", Dataflow(), len(neighbors), cin, cout, x)
-    run_tile(product, functools.partial(_weight_gradient, x, grad, neighbors, groups, found))
+    parts = max(1, min(MOST_PARTS, len(neighbors) // 1024))  # of the number of rows alone: the sums do not change
+    run_tile(product, functools.partial(weight_gradient, x, grad, tap_pairs(neighbors), parts, found))
     return found
 
 
@@ -146,10 +147,9 @@ def _fetch_on_demand(
         sum_parts(target.unsqueeze(0), bias, relu, out)
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, neighbors: Tensor, groups: int, out: Tensor, tile: Tile) -> None:
+def weight_gradient(x: Tensor, grad: Tensor, pairs: TapPairs, parts: int, out: Tensor, tile: Tile) -> None:
+    """Write the gradient of a weight to ``out``; the pairs of a tap are summed in ``parts``."""
     taps, groups, cin, cout = out.shape
-    pairs = tap_pairs(neighbors)
-    parts = max(1, min(MOST_PARTS, len(neighbors) // 1024))  # of the number of rows alone: the sums do not change
     target = torch.empty((parts, *out.shape), dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(cin, tile.rows) * triton.cdiv(cout, tile.columns)
     with torch.cuda.device_of(x):
@@ -202,18 +202,15 @@ def _taps_of(weight: Tensor, backwards: bool) -> tuple[Tensor, tuple[int, int, i
 
 def product_of(direction: str, dataflow: Dataflow, rows: int, cin: int, cout: int, x: Tensor) -> Product:
     """What a tile is chosen for."""
-    return Product(direction, str(dataflow), rows, cin, cout, x.element_size(), arch_key(x.device))
+    return Product.of(direction, str(dataflow), rows, cin, cout, x.element_size(), arch_key(x.device))
 
 
 def supports_sparse_conv(x: Tensor, *args: object) -> str | None:
+    # What a gradient is told, one dataflow, reads as that of all three directions.
     return unsupported(x, ConvConfig.parse(str(args[-1])).forward)
 
 
-def supports_sparse_conv_dgrad(grad: Tensor, *args: object) -> str | None:
-    return unsupported(grad, Dataflow.parse(str(args[-1])))
-
-
-supports_sparse_conv_wgrad = supports_sparse_conv_dgrad
+supports_sparse_conv_dgrad = supports_sparse_conv_wgrad = supports_sparse_conv
 
 
 def unsupported(x: Tensor, dataflow: Dataflow) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 
 from kernelgraft_core.runtime.plans import PLANS, Scalar
@@ -25,7 +26,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Product:
-    """What a plan is kept under: direction, dataflow, channels of a group, bytes of a number, and how many rows."""
+    """What a plan is kept under: direction, dataflow, channels of a group, bytes of a number, and how many rows, which
+    are a power of two: :meth:`of` rounds them up.
+    """
 
     direction: str
     dataflow: str
@@ -35,12 +38,17 @@ class Product:
     bytes: int
     arch: str
 
+    @classmethod
+    def of(cls, direction: str, dataflow: str, rows: int, cin: int, cout: int, size: int, arch: str) -> Product:
+        """Of any number of rows."""
+        return cls(direction, dataflow, _power(rows), cin, cout, size, arch)
+
     @property
     def shape(self) -> dict[str, Scalar]:
-        """Rows rounded up to a power of two, the rest as it is."""
+        """For the plan store."""
         return {
-            "direction": self.direction, "dataflow": self.dataflow, "rows": 1 << max(0, self.rows - 1).bit_length(),
-            "cin": self.cin, "cout": self.cout, "bytes": self.bytes,
+            "direction": self.direction, "dataflow": self.dataflow, "rows": self.rows, "cin": self.cin,
+            "cout": self.cout, "bytes": self.bytes,
         }  # fmt: skip
 
 
@@ -67,8 +75,9 @@ GRADIENTS = {
 WIDE = {4: 4}  # four-byte numbers take a quarter of the depth: three products of each, in as many registers
 
 
+@functools.lru_cache(maxsize=1024)
 def candidates(product: Product) -> dict[str, Tile]:
-    """By name, what may be measured or stored."""
+    """By name, what may be measured or stored; kept, for every call of an op asks."""
     fetches = product.dataflow.startswith("fetch")
     table = GRADIENTS if product.direction == "wgrad" else FETCHES if fetches else PRODUCTS
     sizes = [size for size in table if size <= max(16, _power(product.cout))][-2:]
@@ -80,11 +89,10 @@ def candidates(product: Product) -> dict[str, Tile]:
 
 def choose(product: Product) -> Tile:
     """A stored plan where it is one of the candidates, else the first of them."""
-    known = candidates(product)
-    stored = PLANS.lookup(OP, VERSION, product.arch, product.shape, [asdict(tile) for tile in known.values()])
-    if stored is not None:
-        return next(tile for tile in known.values() if asdict(tile) == dict(stored))
-    return next(iter(known.values()))
+    known = candidates(product).values()
+    stored = PLANS.lookup(OP, VERSION, product.arch, product.shape)
+    planned = (tile for tile in known if stored is not None and asdict(tile) == dict(stored))
+    return next(planned, next(iter(known)))
 
 
 def _fitted(tile: Tile, product: Product) -> Tile:

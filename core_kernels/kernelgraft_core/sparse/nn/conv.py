@@ -18,6 +18,13 @@ from kernelgraft_core.sparse.tensor import SparseTensor
 Sizes = int | Sequence[int]
 
 
+def begin_uniform(layer: nn.Module, summands: int) -> None:
+    """Parameters of a layer uniform, within the inverse root of how many numbers an output is a sum of."""
+    bound = 1 / math.sqrt(max(1, summands))
+    for parameter in layer.parameters(recurse=False):
+        nn.init.uniform_(parameter, -bound, bound)
+
+
 class SparseConvolution(nn.Module):
     """A weight ``(K, G, C_in / G, C_out / G)``, taps numbered with the last axis fastest, and ``bias (C_out,)``.
 
@@ -47,9 +54,7 @@ class SparseConvolution(nn.Module):
 
     def reset_parameters(self) -> None:
         """Uniform, within the inverse root of how many numbers an output is a sum of."""
-        bound = 1 / math.sqrt(max(1, self.geometry.volume * self.in_channels // self.groups))
-        for parameter in self.parameters(recurse=False):
-            nn.init.uniform_(parameter, -bound, bound)
+        begin_uniform(self, self.geometry.volume * self.in_channels // self.groups)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         if x.channels != self.in_channels:

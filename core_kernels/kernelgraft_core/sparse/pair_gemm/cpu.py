@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
 from kernelgraft_core.sparse.conv.cpu import TILE_ROWS, Pairs, multiply, sum_outer
+from kernelgraft_core.sparse.grids import starts_of
 
 from . import reference
 from .merging import Merged, merge
@@ -59,9 +60,8 @@ def _plan(
         merged = merge(inputs, outputs, starts, scale, sizes, tile_rows)
         tiles = -(-sizes[1] // tile_rows)
         counts = torch.bincount(merged.outputs // tile_rows * taps + merged.relations, minlength=tiles * taps)
-        bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        largest = int(merged.inputs.max()) if len(merged.inputs) else -1
-        pairs = Pairs(taps, tiles, tile_rows, merged.inputs.int(), merged.outputs.int(), bounds, largest)
+        bounds = starts_of(counts)
+        pairs = Pairs(taps, tiles, tile_rows, merged.inputs.int(), merged.outputs.int(), bounds)
         known[key] = _Plan(merged, pairs)
     return known[key]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kernelgraft_core.sparse.grids import starts_of
 from kernelgraft_core.sparse.samples import sample_values
 
 TUNED: tuple[str, ...] = ()
@@ -18,7 +19,7 @@ def example_args(
     """Arguments for each op by its name, the same on every call; sizes of linear layers mean nothing here."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.bincount(torch.randint(RELATIONS, (PAIRS,), generator=generator), minlength=RELATIONS)
-    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(device)
+    starts = starts_of(counts).to(device)
     inputs, outputs = (torch.randint(ROWS, (PAIRS,), generator=generator).to(device) for _ in range(2))
     x, weight, grad = (
         sample_values(*shape, device=device, dtype=dtype, seed=i)

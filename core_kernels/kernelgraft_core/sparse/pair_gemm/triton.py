@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
 from kernelgraft_core.sparse.conv.dataflow import Dataflow
-from kernelgraft_core.sparse.conv.triton import constants, gradient_constants, product_of, run_tile, sum_parts
+from kernelgraft_core.sparse.conv.packing import TapPairs
+from kernelgraft_core.sparse.conv.triton import constants, product_of, run_tile, weight_gradient
 from kernelgraft_core.sparse.conv.triton import unsupported as unsupported_numbers
-from kernelgraft_core.sparse.conv.triton_kernels import fetch_on_demand_kernel, weight_gradient_kernel
+from kernelgraft_core.sparse.conv.triton_kernels import fetch_on_demand_kernel
 from kernelgraft_core.sparse.conv.triton_tiles import Tile
+from kernelgraft_core.sparse.grids import starts_of
 
 from .merging import Merged, merge
 
@@ -26,9 +28,7 @@ class _Plan:
     """Merged pairs, where each relation begins, their places, and the order and number of those of each output."""
 
     merged: Merged
-    inputs: Tensor
-    outputs: Tensor
-    starts: Tensor
+    pairs: TapPairs
     places: Tensor
     longest: int
     by_output: Tensor
@@ -55,7 +55,7 @@ def pair_gemm(
         tiles, columns = triton.cdiv(plan.longest, tile.rows), triton.cdiv(cout, tile.columns)
         with torch.cuda.device_of(x):
             fetch_on_demand_kernel[tiles * columns * taps, groups](
-                values, weight, plan.inputs, plan.places, plan.starts, products,
+                values, weight, plan.pairs.inputs, plan.places, plan.pairs.starts, products,
                 0, tiles, cin, cout, values.shape[1], *weight.stride(), **constants(tile, cin, cout, values.dtype),
                 ALL=True, ATOMIC=False, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
@@ -78,21 +78,9 @@ def pair_gemm_wgrad(
     grad = grad.to(values.dtype).contiguous()
     run_tile(
         product_of("wgrad", PAIRS, len(grad), cin, cout, values),
-        functools.partial(_sum_outer, values, grad, plan, found),
+        functools.partial(weight_gradient, values, grad, plan.pairs, 1, found),
     )
     return found
-
-
-def _sum_outer(x: Tensor, grad: Tensor, plan: _Plan, out: Tensor, tile: Tile) -> None:
-    taps, groups, cin, cout = out.shape
-    target = torch.empty((1, *out.shape), dtype=torch.float32, device=x.device)  # many relations fill a GPU
-    tiles = triton.cdiv(cin, tile.rows) * triton.cdiv(cout, tile.columns)
-    with torch.cuda.device_of(x):
-        weight_gradient_kernel[taps * groups, tiles, 1](
-            x, grad, plan.inputs, plan.outputs, plan.starts, target, groups, cin, cout, x.shape[1], grad.shape[1],
-            **gradient_constants(tile, cin, cout, x.dtype), PARTS=1, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        sum_parts(target, None, False, out)
 
 
 def _plan(inputs: Tensor, outputs: Tensor, starts: Tensor, scale: Tensor | None, sizes: tuple[int, int]) -> _Plan:
@@ -101,11 +89,11 @@ def _plan(inputs: Tensor, outputs: Tensor, starts: Tensor, scale: Tensor | None,
     if sizes not in known:
         merged = merge(inputs, outputs, starts, scale, sizes, max(1, sizes[1]))
         counts = torch.bincount(merged.relations, minlength=len(starts) - 1)
-        bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        bounds = starts_of(counts)
         lengths = torch.bincount(merged.outputs, minlength=sizes[1])
         places = torch.arange(len(merged.outputs), dtype=torch.int32, device=inputs.device)
         known[sizes] = _Plan(
-            merged, merged.inputs.int(), merged.outputs.int(), bounds.int(), places, int(counts.max()),
+            merged, TapPairs(merged.inputs.int(), merged.outputs.int(), bounds.int()), places, int(counts.max()),
             merged.outputs.argsort(stable=True), lengths,
         )  # fmt: skip
     return known[sizes]
