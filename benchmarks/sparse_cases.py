@@ -172,6 +172,26 @@ def _prepare_threads(cloud: str, shape: Shape) -> Prepared:
     return Prepared(reference.sparse_conv(x.double(), weight.double(), None, known.neighbors), variants)
 
 
+def _prepare_bfloat16(cloud: str, shape: Shape) -> Prepared:
+    """One submanifold layer in bfloat16, beside float32 and beside the recipe in bfloat16."""
+    known, (x, weight), _ = _inputs(SUBMANIFOLD, cloud, shape)
+    half = x.bfloat16(), weight.bfloat16()
+    pairs = tap_pairs(known.neighbors)
+
+    def run(*operands: Tensor) -> Tensor:
+        return sparse_conv(*operands, None, known.neighbors, True)
+
+    def recipe() -> Tensor:
+        return gather_multiply_add(*half, None, known.neighbors, pairs)
+
+    variants = {
+        "kernelgraft bfloat16": Variant(functools.partial(run, *half), 2e-2, "cpu", "bfloat16"),
+        "kernelgraft float32": _float32(functools.partial(run, x, weight), "cpu"),
+        "torch bfloat16": Variant(recipe, 5e-2, "torch", "bfloat16"),
+    }
+    return Prepared(reference.sparse_conv(x.double(), weight.double(), None, known.neighbors), variants)
+
+
 @contextlib.contextmanager
 def _on_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -247,6 +267,12 @@ for _cloud in CLOUDS:
         Case(
             f"sparse_conv_threads_{_cloud}", "sparse_conv", "cpu", "one thread", _SHAPES,
             functools.partial(_prepare_threads, _cloud), functools.partial(_flops, SUBMANIFOLD, _cloud, 1),
+        )
+    )  # fmt: skip
+    register(
+        Case(
+            f"sparse_conv_bfloat16_{_cloud}", "sparse_conv", "cpu", "kernelgraft float32", _SHAPES,
+            functools.partial(_prepare_bfloat16, _cloud), functools.partial(_flops, SUBMANIFOLD, _cloud, 1),
         )
     )  # fmt: skip
 register(
