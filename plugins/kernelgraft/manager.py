@@ -354,8 +354,8 @@ def _chosen_hosts(info: PluginInfo, named: object) -> tuple[HostRequirement, ...
     """The host the user named, else all that are grafted in-process."""
     offered = ", ".join(host.module for host in info.hosts) or "none"
     if named is None:
-        chosen = tuple(host for host in info.hosts if host.in_process)
-        if info.hosts and not chosen:
+        chosen = tuple(host for host in info.hosts if host.in_process and not host.optional)
+        if not chosen and not all(host.optional for host in info.hosts):
             raise InvalidOption(
                 f"plugin {info.name!r} is loaded by its host, in processes of the host's own; "
                 f"to graft it onto this process, name the host: {offered}"

@@ -79,7 +79,8 @@ class ConvGeometry:
     @property
     def mirrored(self) -> bool:
         """Whether an input that an output reads by tap ``k`` is an output that reads it by tap ``volume - 1 - k``."""
-        return self.submanifold and all(k % 2 for k in self.kernel_size)
+        axes = zip(self.kernel_size, self.padding, self.dilation, strict=True)
+        return self.submanifold and all(2 * p == d * (k - 1) for k, p, d in axes)
 
     def taps(self) -> list[tuple[int, ...]]:
         """Where each tap reads, relative to ``o * stride``."""

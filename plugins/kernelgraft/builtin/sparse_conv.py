@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kernelgraft.hookspecs import Check, PluginInfo, hookimpl
+from kernelgraft.hookspecs import Check, HostRequirement, PluginInfo, hookimpl
 from kernelgraft.patches import PatchSet
 
 
@@ -16,17 +16,27 @@ def kernelgraft_info() -> PluginInfo:
         name="sparse-conv",
         summary="sparse convolution on CPU and GPU, also under the names of spconv and torchsparse",
         paper="arXiv 2311.12862",
+        hosts=(HostRequirement("mmcv", ("mmcv", "mmcv-lite"), ">=2.0,<2.2", optional=True),),
     )
 
 
 @hookimpl
 def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> object:
-    """The handle offers what :mod:`kernelgraft_core.sparse` has."""
-    unknown = sorted(options.keys() - {"facade"})
+    """The handle offers what :mod:`kernelgraft_core.sparse` has.
+
+    With ``host="mmcv"`` the layers ``SubMConv3d``, ``SparseConv3d`` and their kin in mmengine's registry are ours.
+    """
+    unknown = sorted(options.keys() - {"facade", "host"})
     if unknown:
-        raise ValueError(f"plugin 'sparse-conv' has no option {', '.join(map(repr, unknown))}; it takes facade")
+        raise ValueError(
+            f"plugin 'sparse-conv' has no option {', '.join(map(repr, unknown))}; it takes facade and host"
+        )
     from kernelgraft_core import sparse
 
+    if options.get("host") == "mmcv":
+        from kernelgraft_openmmlab.sparse_layers import override_sparse_layers
+
+        override_sparse_layers(patches)
     if (facade := options.get("facade")) is not None:
         from kernelgraft_core.sparse.compat.modules import facade_modules
 

@@ -67,6 +67,31 @@ def sparse_conv(
     return out
 
 
+def sparse_conv_gradients(
+    x: Tensor, weight: Tensor, grad: Tensor, neighbors: Tensor, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and the weight of :func:`sparse_conv`, for callers with an autograd function of their own.
+
+    Args:
+        x, weight, neighbors, symmetric: as given to :func:`sparse_conv`.
+        grad: ``(N_out, C_out)``, of the output.
+
+    Returns:
+        ``(N_in, C_in)``, and of the shape of ``weight``.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong; the message names the tensor and the value.
+        NoBackendError: no backend can run the call.
+    """
+    _check_map(neighbors, weight.shape[0] if weight.dim() else 0)
+    _check_features("x", x, weight, 2)
+    _check_features("grad", grad, weight, 3)
+    if len(grad) != len(neighbors):
+        raise ValueError(f"grad has {len(grad)} rows, neighbors {len(neighbors)}")
+    grad_x = DGRAD(grad, weight, neighbors, x.shape[0], symmetric, "auto")
+    return grad_x, WGRAD(x, grad, neighbors, weight.shape[1], "auto")
+
+
 def _check_map(neighbors: Tensor, taps: int) -> None:
     if neighbors.dtype != torch.int32 or neighbors.dim() != 2 or neighbors.shape[1] != taps:
         raise ValueError(

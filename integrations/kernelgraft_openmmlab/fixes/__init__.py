@@ -1,0 +1,27 @@
+"""What of mmengine, mmcv and mmdet3d fails on current libraries or without a GPU, repaired when it is imported.
+
+Each repair is a change recorded in the patch set, and taken back with it. A module that is never imported is never
+looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from kernelgraft_core.runtime.patching import Patches
+from kernelgraft_openmmlab.imports import when_imported
+
+from . import checkpoints, devices, packages, shapes
+
+
+def repair_hosts(patches: Patches) -> None:
+    """Repair what is imported from now on, and what has been imported."""
+    for repairs in (packages.REPAIRS, checkpoints.REPAIRS, devices.REPAIRS, shapes.REPAIRS):
+        for name, repair in repairs.items():
+            _watch(patches, name, repair)
+
+
+def _watch(patches: Patches, name: str, repair: Callable[[Patches, ModuleType], None]) -> None:
+    undo = when_imported(name, lambda module: repair(patches, module))
+    patches.on_undo(f"wait for {name}", undo)

@@ -1,0 +1,26 @@
+"""Replace a function wherever OpenMMLab's modules have bound it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from kernelgraft_core.runtime.patching import Patches
+from kernelgraft_openmmlab.imports import bindings_of
+
+HOSTS = ("mmengine", "mmcv", "mmdet", "mmdet3d", "mmseg", "projects")
+
+
+def replace_everywhere(
+    patches: Patches, module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """``module.name`` becomes ``make(module.name)``, also where it was imported by name before.
+
+    Raises:
+        AttributeError: the module has no such function.
+    """
+    before = getattr(module, name)
+    after = make(before)
+    for holder, key in bindings_of(before, HOSTS) or [(module, name)]:
+        patches.attr(holder, key, after)

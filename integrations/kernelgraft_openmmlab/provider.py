@@ -1,0 +1,86 @@
+"""``mmcv._ext`` without a compiler: mmcv looks for its ops in that module, and nowhere else."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+log = logging.getLogger("kernelgraft")
+NAME = "mmcv._ext"
+MARK = "kernelgraft_ops"
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds ``mmcv._ext`` before others do, so that what a compiled one lacks can be filled in."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(NAME, self) if name == NAME else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        from .ext import extension
+
+        compiled = _compiled()
+        module = extension(compiled)
+        ours = len(getattr(module, MARK))
+        if compiled is None:
+            log.info("mmcv's compiled ops are kernelgraft's: %d names", ours)
+        else:
+            log.info("mmcv's ops are those of %s; kernelgraft fills in what it lacks", compiled.__file__)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It is complete."""
+
+
+_finder: _Finder | None = None
+
+
+def install() -> Callable[[], None]:
+    """Answer to ``import mmcv._ext``; the returned function undoes it. Nothing happens when that is so already.
+
+    Modules of mmcv that were imported before, with a compiled mmcv, get our functions too. Those imported in between
+    keep ours until the process ends: what mmcv has bound by then cannot be told from what its users have.
+    """
+    global _finder
+    if _finder is not None:
+        return lambda: None
+    finder = _finder = _Finder()
+    before = sys.modules.pop(NAME, None)
+    sys.meta_path.insert(0, finder)
+
+    def undo() -> None:
+        global _finder
+        _finder = None
+        sys.meta_path.remove(finder)
+        mine = sys.modules.pop(NAME, None)
+        if mine is not None and getattr(sys.modules.get("mmcv"), "_ext", None) is mine:
+            del sys.modules["mmcv"]._ext
+        if before is not None:
+            sys.modules[NAME] = before
+
+    return undo
+
+
+def _compiled() -> ModuleType | None:
+    """The module that is found without us; None when there is none, or it is the file that leads to us."""
+    from .beside import is_ours
+
+    for finder in sys.meta_path:
+        if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):
+            continue
+        spec = finder.find_spec(NAME, getattr(sys.modules.get("mmcv"), "__path__", None))
+        if spec is None or spec.loader is None:
+            continue
+        if spec.origin is not None and is_ours(spec.origin):
+            return None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return None

@@ -1,0 +1,241 @@
+"""Sparse convolution layers of mmcv's names and weights, on our kernels, for mmcv's or spconv's sparse tensors.
+
+A container of either library hands a tensor to a layer only when that is a subclass of its own ``SparseModule``, so the
+classes are made for the one that is active.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kernelgraft_core.runtime.patching import Patches
+from kernelgraft_core.sparse import ConvGeometry, KernelMap, SparseTensor, sparse_conv
+from kernelgraft_core.sparse.conv.dataflow import ConvConfig
+from kernelgraft_core.sparse.nn.conv import begin_uniform
+
+from .sites import indices_of, sites_of
+
+Sizes = int | Sequence[int]
+
+
+class SparseConvolutionMixin(nn.Module):
+    """A sparse convolution with ``weight (*kernel, C_in, C_out)`` and ``bias (C_out,)``, as mmcv saves them.
+
+    It also loads weights of spconv 2, ``(C_out, *kernel, C_in)``.
+
+    Args:
+        in_channels, out_channels: C_in and C_out.
+        kernel_size, stride, padding, dilation: one number, or one for each axis ``(z, y, x)``.
+        groups: 1.
+        bias: whether there is one.
+        indice_key: a name for the map: submanifold layers of one name share it, an inverse layer undoes the layer of
+            its name.
+        output_padding: of a transposed convolution, how much larger its grid is than the least.
+        dataflow: as :func:`kernelgraft_core.sparse.sparse_conv` takes it.
+
+    Raises:
+        ValueError: a number is out of range; the message names it.
+    """
+
+    ndim: ClassVar[int]
+    subm: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
+    inverse: ClassVar[bool] = False
+    # What nn.Module writes into checkpoints. mmdet3d takes 2 for the layout of spconv 2, which these are not in.
+    _version = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+        indice_key: str | None = None,
+        output_padding: Sizes = 0,
+        dataflow: str = "auto",
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if groups != 1:
+            raise ValueError(f"groups is {groups}: weights of mmcv have one group")
+        ConvConfig.parse(dataflow)
+        self.in_channels, self.out_channels, self.indice_key, self.groups = in_channels, out_channels, indice_key, 1
+        stride, padding = (1, 0) if self.subm or self.inverse else (stride, padding)
+        self.geometry = ConvGeometry.of(self.ndim, kernel_size, stride, padding, dilation, self.subm)
+        self.kernel_size = list(self.geometry.kernel_size)
+        extra = (output_padding,) * self.ndim if isinstance(output_padding, int) else tuple(output_padding)
+        self.output_padding, self.dataflow = list(extra), dataflow
+        self.stride, self.padding, self.dilation = (
+            list(each) for each in (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        )
+        self.conv1x1 = self.geometry.volume == 1
+        self.weight = nn.Parameter(torch.empty(*self.kernel_size, in_channels, out_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        begin_uniform(self, self.geometry.volume * self.in_channels)
+
+    def forward(self, x: Any) -> Any:
+        """A tensor of the class of ``x``, with the layer's sites."""
+        features: Tensor = x.features
+        if features.shape[1] != self.in_channels:
+            raise ValueError(f"the input has {features.shape[1]} channels, expected {self.in_channels}")
+        weight = self.weight.reshape(-1, 1, self.in_channels, self.out_channels)
+        if self.conv1x1 and self.geometry.submanifold and not self.inverse:
+            made = nn.functional.linear(features, weight[0, 0].T, self.bias)
+            return _tensor(x, made, x.indices, x.spatial_shape)
+        known = self._map(x)
+        made = sparse_conv(features, weight, self.bias, known.neighbors, known.symmetric, dataflow=self.dataflow)
+        same = known.outputs is known.inputs
+        return _tensor(x, made, x.indices if same else indices_of(known.outputs), known.outputs.spatial_shape)
+
+    def _map(self, x: Any) -> KernelMap:
+        key = ("kernelgraft", self.indice_key)
+        if self.inverse:
+            found: KernelMap | None = x.indice_dict.get(key)
+            if found is None:
+                raise ValueError(
+                    f"no kernelgraft layer before has indice_key = {self.indice_key!r}: there is nothing to invert"
+                )
+            if found.geometry.kernel_size != self.geometry.kernel_size:
+                raise ValueError(
+                    f"indice_key = {self.indice_key!r} belongs to kernel_size {found.geometry.kernel_size}, this "
+                    f"layer has {self.geometry.kernel_size}"
+                )
+            return found.inverse
+        sites = sites_of(x.indices, x.spatial_shape, x.batch_size)
+        shape = None
+        if self.transposed:
+            least = self.geometry.transposed_shape(sites.spatial_shape)
+            shape = tuple(a + b for a, b in zip(least, self.output_padding, strict=True))
+        known = KernelMap.of(self.geometry, sites, transposed=self.transposed, out_shape=shape)
+        if self.indice_key is not None:
+            x.indice_dict[key] = known
+        return known
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        # Past what mmdet3d hangs into spconv's class, which turns weights over.
+        if (weight := state_dict.get(key := f"{prefix}weight")) is not None:
+            turned = _in_layout_of_mmcv(weight, self.weight.shape, (local_metadata or {}).get("version"))
+            state_dict = OrderedDict(state_dict, **{key: turned})
+        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
+        )
+
+
+def _in_layout_of_mmcv(weight: Tensor, shape: torch.Size, version: int | None) -> Tensor:
+    """A weight of either layout as ``shape``, ``(*kernel, C_in, C_out)``; one of another shape as it is.
+
+    Where the shape leaves both open (as many channels in and out as the kernel is wide), version 2 tells spconv 2.
+    """
+    turned = torch.Size((shape[-1], *shape[:-1]))
+    if weight.shape == turned and (weight.shape != shape or version == 2):
+        return weight.movedim(0, -1)
+    return weight
+
+
+def _tensor(x: Any, features: Tensor, indices: Tensor, spatial_shape: Sequence[int]) -> Any:
+    made = type(x)(features, indices, list(spatial_shape), x.batch_size)
+    made.indice_dict, made.grid = x.indice_dict, x.grid
+    if hasattr(x, "benchmark"):  # of spconv's
+        made.benchmark = x.benchmark
+    return made
+
+
+_KINDS: dict[str, dict[str, bool]] = {
+    "SubMConv": {"subm": True},
+    "SparseConv": {},
+    "SparseConvTranspose": {"transposed": True},
+    "SparseInverseConv": {"inverse": True},
+}
+NAMES = {
+    "SparseConv": (2, 3, 4),
+    "SubMConv": (2, 3, 4),
+    "SparseConvTranspose": (2, 3),
+    "SparseInverseConv": (2, 3),
+}
+
+
+@functools.cache
+def layers_for(sparse_module: type) -> dict[str, type]:
+    """The layers by the names that mmcv registers, as subclasses of a library's ``SparseModule``."""
+    made = {}
+    for kind, dimensions in NAMES.items():
+        for n in dimensions:
+            name = f"{kind}{n}d"
+            attributes = {"ndim": n, "__module__": __name__, "__doc__": SparseConvolutionMixin.__doc__, **_KINDS[kind]}
+            base = _Inverse if kind == "SparseInverseConv" else SparseConvolutionMixin
+            made[name] = type(name, (base, sparse_module), attributes)
+    return made
+
+
+class _Inverse(SparseConvolutionMixin):
+    """Takes the arguments of mmcv's: no stride, no padding."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        indice_key: str | None = None,
+        bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, indice_key=indice_key, **kwargs)
+
+
+def active_sparse_module() -> type:
+    """The class that mmdet3d's containers look for: spconv's where it has found that, else mmcv's.
+
+    Raises:
+        ModuleNotFoundError: mmcv has no ops; load the plugin ``mmcv`` first.
+    """
+    if importlib.util.find_spec("mmdet3d") is not None:
+        from mmdet3d.models.layers.spconv import IS_SPCONV2_AVAILABLE
+
+        if IS_SPCONV2_AVAILABLE:
+            from spconv.pytorch import SparseModule as Spconv
+
+            return Spconv  # type: ignore[no-any-return]
+    from mmcv.ops import SparseModule
+
+    return SparseModule  # type: ignore[no-any-return]
+
+
+def override_sparse_layers(patches: Patches) -> dict[str, type]:
+    """Put our layers under mmcv's names into the root registry, where SparseEncoder and its kin look them up."""
+    import mmcv.ops.sparse_structure
+    from mmengine.registry import MODELS
+
+    layers = layers_for(active_sparse_module())
+    for name, layer in layers.items():
+        patches.item(MODELS._module_dict, name, layer)
+    patches.wrap(mmcv.ops.sparse_structure.SparseConvTensor, "dense", _dense)
+    return layers
+
+
+def _dense(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def dense(self: Any, channels_first: bool = True) -> Tensor:
+        """``(B, C, *spatial_shape)``, contiguous, or with channels last."""
+        made = SparseTensor(self.features, sites_of(self.indices, self.spatial_shape, self.batch_size)).to_dense()
+        return made.contiguous() if channels_first else made.movedim(1, -1)
+
+    return dense

@@ -1,0 +1,44 @@
+"""mmcv's compiled ops without a compiler, and OpenMMLab on current libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kernelgraft.hookspecs import Check, HostRequirement, PluginInfo, hookimpl
+from kernelgraft.patches import PatchSet
+
+MMCV = HostRequirement("mmcv", ("mmcv", "mmcv-lite"), ">=2.0,<2.2")
+
+
+@hookimpl
+def kernelgraft_info() -> PluginInfo:
+    return PluginInfo(
+        name="mmcv",
+        summary="mmcv's compiled ops in Python and Triton: mmdet, mmdet3d and mmseg on any torch, also without a GPU",
+        hosts=(MMCV,),
+    )
+
+
+@hookimpl
+def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
+    unknown = sorted(options.keys() - {"host"})
+    if unknown:
+        raise ValueError(f"plugin 'mmcv' has no option {', '.join(map(repr, unknown))}; it takes host")
+    from kernelgraft_openmmlab import provide_mmcv_ops
+
+    provide_mmcv_ops(patches)
+
+
+@hookimpl
+def kernelgraft_doctor() -> Iterator[Check]:
+    from kernelgraft_openmmlab.beside import status
+    from kernelgraft_openmmlab.ext import NAMES, provided
+
+    yield Check("names of mmcv._ext", True, f"{len(provided())} of {len(NAMES)} provided, the others raise by name")
+    try:
+        now = status()
+    except FileNotFoundError:
+        return
+    found = f", {now.found}" if now.found else ""
+    yield Check("mmcv._ext beside mmcv", now.state != "foreign", f"{now.state}{found}")
