@@ -11,7 +11,7 @@ from kernelgraft_core.runtime.patching import Patches
 def provide_mmcv_ops(patches: Patches) -> None:
     """Make ``mmcv._ext`` importable, and repair what keeps OpenMMLab from running on current libraries and CPUs."""
     from .fixes import repair_hosts
-    from .provider import install
+    from .provider import graft
 
-    patches.on_undo("import of mmcv._ext", install())
+    graft(patches)
     repair_hosts(patches)

@@ -10,6 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from kernelgraft_core.runtime.patching import Patches
+
+from .beside import is_ours
+from .imports import bindings_of
+
 log = logging.getLogger("kernelgraft")
 NAME = "mmcv._ext"
 MARK = "kernelgraft_ops"
@@ -24,16 +29,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(NAME, self) if name == NAME else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        from .ext import extension
-
-        compiled = _compiled()
-        module = extension(compiled)
-        ours = len(getattr(module, MARK))
-        if compiled is None:
-            log.info("mmcv's compiled ops are kernelgraft's: %d names", ours)
-        else:
-            log.info("mmcv's ops are those of %s; kernelgraft fills in what it lacks", compiled.__file__)
-        return module
+        return extension_of(_compiled())
 
     def exec_module(self, module: ModuleType) -> None:
         """It is complete."""
@@ -45,33 +41,53 @@ _finder: _Finder | None = None
 def install() -> Callable[[], None]:
     """Answer to ``import mmcv._ext``; the returned function undoes it. Nothing happens when that is so already.
 
-    Modules of mmcv that were imported before, with a compiled mmcv, get our functions too. Those imported in between
-    keep ours until the process ends: what mmcv has bound by then cannot be told from what its users have.
+    Modules of mmcv that are imported in between keep ours until the process ends.
     """
     global _finder
     if _finder is not None:
         return lambda: None
     finder = _finder = _Finder()
-    before = sys.modules.pop(NAME, None)
     sys.meta_path.insert(0, finder)
 
     def undo() -> None:
         global _finder
         _finder = None
         sys.meta_path.remove(finder)
-        mine = sys.modules.pop(NAME, None)
-        if mine is not None and getattr(sys.modules.get("mmcv"), "_ext", None) is mine:
-            del sys.modules["mmcv"]._ext
-        if before is not None:
-            sys.modules[NAME] = before
+        found = sys.modules.get(NAME)
+        if hasattr(found, MARK):
+            del sys.modules[NAME]
+            if getattr(sys.modules.get("mmcv"), "_ext", None) is found:
+                del sys.modules["mmcv"]._ext
 
     return undo
 
 
+def graft(patches: Patches) -> None:
+    """:func:`install`, and where a compiled mmcv was imported before, fill in what it lacks there, too."""
+    compiled = sys.modules.get(NAME)
+    patches.on_undo(f"import of {NAME}", install())
+    if compiled is None or hasattr(compiled, MARK) or is_ours(getattr(compiled, "__file__", None) or ""):
+        return
+    filled = extension_of(compiled)
+    patches.item(sys.modules, NAME, filled)
+    for holder, name in bindings_of(compiled, ("mmcv", "mmdet", "mmdet3d", "mmseg")):
+        patches.attr(holder, name, filled)
+
+
+def extension_of(compiled: ModuleType | None) -> ModuleType:
+    """What answers to ``mmcv._ext``, and a line in the log that says whose ops these are."""
+    from .ext import extension
+
+    module = extension(compiled)
+    if compiled is None:
+        log.info("mmcv's compiled ops are kernelgraft's: %d names", len(getattr(module, MARK)))
+    else:
+        log.info("mmcv's ops are those of %s; kernelgraft fills in what it lacks", compiled.__file__)
+    return module
+
+
 def _compiled() -> ModuleType | None:
     """The module that is found without us; None when there is none, or it is the file that leads to us."""
-    from .beside import is_ours
-
     for finder in sys.meta_path:
         if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):
             continue

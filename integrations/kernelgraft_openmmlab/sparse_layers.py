@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.patching import Patches
 from kernelgraft_core.sparse import ConvGeometry, KernelMap, SparseTensor, sparse_conv
 from kernelgraft_core.sparse.conv.dataflow import ConvConfig
@@ -116,6 +117,14 @@ class SparseConvolutionMixin(nn.Module):
                 )
             return found.inverse
         sites = sites_of(x.indices, x.spatial_shape, x.batch_size)
+        found = x.indice_dict.get(key)
+        if found is not None and self.subm and found.inputs is sites and found.geometry != self.geometry:
+            # mmcv takes the map of the first layer of that name for both, and weights may have been trained so.
+            warn_once(
+                f"indice_key = {self.indice_key!r} belongs to kernel_size {found.geometry.kernel_size} and to "
+                f"{self.geometry.kernel_size}: mmcv would use the first layer's map for both, kernelgraft gives each "
+                "its own; for weights trained on mmcv's, leave such layers to the plugin mmcv"
+            )
         shape = None
         if self.transposed:
             least = self.geometry.transposed_shape(sites.spatial_shape)

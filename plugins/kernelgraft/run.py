@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "-p",
         "--plugin",
         action="append",
-        metavar="NAME",
-        help="plugin to load, may be repeated (default: mmcv)",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="plugin to load, e.g. sparse-conv:facade=torchsparse; may be repeated (default: mmcv)",
     )
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module, as for python -m")
     parser.add_argument("program", help="path of a script, or name of a module with -m")
@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen.module and not Path(chosen.program).is_file():
         parser.error(f"there is no script {chosen.program}")
     try:
-        for name in chosen.plugin or ["mmcv"]:
-            load_plugin(name)
+        for text in chosen.plugin or ["mmcv"]:
+            name, options = _parsed(text)
+            load_plugin(name, **options)
     except (KernelgraftError, ValueError) as error:
         print(f"kernelgraft: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -48,6 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         sys.path.insert(0, str(Path(chosen.program).resolve().parent))
         runpy.run_path(chosen.program, run_name="__main__")
+
+
+def _parsed(text: str) -> tuple[str, dict[str, str]]:
+    """``"name:option=value,option=value"``.
+
+    Raises:
+        ValueError: an option has no value.
+    """
+    name, _, rest = text.partition(":")
+    pairs = [part.partition("=") for part in rest.split(",") if part]
+    if wrong := [option for option, sign, _ in pairs if not sign]:
+        raise ValueError(f"option {wrong[0]!r} of plugin {name!r} has no value: write {wrong[0]}=VALUE")
+    return name, {option.strip(): value for option, _, value in pairs}
 
 
 if __name__ == "__main__":

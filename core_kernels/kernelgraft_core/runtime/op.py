@@ -191,8 +191,8 @@ class Op:
                     self._announce(device, implementation)
                 if torch._C._is_any_autocast_enabled():  # gradients computed inside the context: types are settled
                     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-                        return implementation.run(*args)
-                return implementation.run(*args)
+                        return _without_base(implementation.run(*args))
+                return _without_base(implementation.run(*args))
             self._tell_once(implementation.backend, reason)
         reasons = "; ".join(f"{k}: {v}" for k, v in self.explain(device, *args).items()) or "none registered"
         raise NoBackendError(f"{self.name} cannot run on {device}: {reasons}")
@@ -268,6 +268,19 @@ _forced_key = _FORCED if _is_set is os.environ else os.environ.encodekey(_FORCED
 
 def _forced_backend() -> str | None:
     return os.environ.get(_FORCED) or None if _forced_key in _is_set else None
+
+
+def _without_base(result: Any) -> Any:
+    """Results that are views of a kernel's own buffer as tensors in their own right.
+
+    torch would otherwise refuse that a caller writes to them: in place on a view made within a function of autograd, or
+    without gradients.
+    """
+    if isinstance(result, torch.Tensor):
+        return result.data if result._is_view() else result
+    if isinstance(result, tuple | list):
+        return type(result)(map(_without_base, result))
+    return result
 
 
 def _autocast_converts(tensor: torch.Tensor) -> bool:

@@ -32,7 +32,7 @@ __all__ = (
 
 # By the pairs: the table int32 (N_out, K) of input rows, and whether it is symmetric.
 _tables: Derived[tuple[Tensor, bool]] = Derived()
-_weights: Derived[Tensor] = Derived()
+_weights: Derived[dict[int, Tensor]] = Derived()
 
 
 def _get_indice_pairs(
@@ -108,7 +108,7 @@ def fused_indice_conv_forward(
 ) -> Tensor:
     """``(M, C_out)`` of features ``(N, C_in)`` and filters ``(*kernel, C_in, C_out)``."""
     neighbors, symmetric = _table(pairs, counts, len(features), int(outputs), bool(inverse))
-    return sparse_conv(features, _weight(filters), bias, neighbors, symmetric)
+    return sparse_conv(features, _weight(filters, len(pairs)), bias, neighbors, symmetric)
 
 
 def indice_conv_forward(
@@ -122,20 +122,32 @@ def indice_conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the features and of the filters."""
     neighbors, symmetric = _table(pairs, counts, len(features), len(grad), bool(inverse))
-    grad_features, grad_weight = sparse_conv_gradients(features, _weight(filters), grad, neighbors, symmetric)
-    return grad_features, grad_weight.reshape(filters.shape)
+    weight = _weight(filters, len(pairs))
+    grad_features, grad_weight = sparse_conv_gradients(features, weight, grad.contiguous(), neighbors, symmetric)
+    grad_filters = torch.zeros_like(filters, memory_format=torch.contiguous_format)
+    grad_filters.view(-1, *grad_weight.shape[1:])[: len(grad_weight)] = grad_weight
+    return grad_features, grad_filters
 
 
-def _weight(filters: Tensor) -> Tensor:
-    """One object for as long as the filters stay as they are, so that what is packed of it is found again."""
-    return _weights.of((filters,), lambda: filters.data.reshape(-1, 1, *filters.shape[-2:]))
+def _weight(filters: Tensor, taps: int) -> Tensor:
+    """One object for as long as the filters stay as they are, so that what is packed of it is found again.
+
+    Layers of one ``indice_key`` share pairs in mmcv even where their kernels differ, as in Cylinder3D: a layer of 27
+    taps that finds pairs of 9 uses its first 9. Published weights were trained so.
+    """
+    if taps > filters.shape[:-2].numel():
+        raise ValueError(f"filters {tuple(filters.shape)} have fewer taps than the {taps} of the pairs they are given")
+    known = _weights.of((filters,), dict)
+    if taps not in known:
+        known[taps] = filters.data.reshape(-1, 1, *filters.shape[-2:])[:taps]
+    return known[taps]
 
 
 def indice_maxpool_forward(features: Tensor, pairs: Tensor, counts: Tensor, outputs: int) -> Tensor:
     """The largest feature that an output reads, but at least 0, which compiled mmcv begins with."""
     found = features.new_zeros(int(outputs), features.shape[1])
     inputs, rows = _rows(pairs, counts)
-    return found.index_reduce_(0, rows, features[inputs], "amax", include_self=True)
+    return found.scatter_reduce_(0, rows.unsqueeze(1).expand(-1, features.shape[1]), features[inputs], "amax")
 
 
 def indice_maxpool_backward(features: Tensor, out: Tensor, grad: Tensor, pairs: Tensor, counts: Tensor) -> Tensor:

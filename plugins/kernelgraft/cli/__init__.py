@@ -14,6 +14,7 @@ from . import listing, models
 from .bench import bench
 from .convert import convert
 from .demo import demo
+from .mmcv import mmcv
 from .tune import tune
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command("ppl")(models.ppl)
 app.command("demo")(demo)
 app.command("bench")(bench)
 app.command("tune")(tune)
+app.add_typer(mmcv, name="mmcv")
 
 
 @app.callback()

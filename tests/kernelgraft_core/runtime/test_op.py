@@ -1,5 +1,6 @@
 """The router: which backend runs, who is told, and that torch sees one ordinary operator."""
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -311,6 +312,19 @@ def test_a_deferred_function_is_imported_at_its_first_call(tmp_path, monkeypatch
     assert double(4) == 8
     assert sys.modules.pop("kernels_of_a_test")
     assert double(5) == 10
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_result_that_is_a_view_of_a_kernels_buffer_can_be_written_to(make_op, grad):
+    op = make_op("Tensor x", lambda x: torch.empty_like(x), gradient=(lambda ctx, g: g, None))
+    op.register(Implementation("buffer", lambda x: torch.cat((x, x))[: len(x)], ("cpu",)))
+    x, bias = torch.ones(3, requires_grad=grad), torch.ones(3, requires_grad=True)
+    with torch.no_grad() if not grad else contextlib.nullcontext():
+        out = op(x)
+    out += bias
+    out.sum().backward()
+    assert torch.equal(bias.grad, torch.ones(3))
+    assert torch.equal(out, torch.full((3,), 2.0))
 
 
 def test_every_op_is_listed_by_name(scale):

@@ -84,7 +84,7 @@ def _torchsparse_modules(level: str) -> dict[str, ModuleType]:
             _module("torchsparse.tensor", doc, **tensors),
             _module("torchsparse.nn", doc, **layers),
             _module("torchsparse.nn.functional", doc, **functions),
-            _module("torchsparse.nn.utils", doc, get_kernel_offsets=ts.get_kernel_offsets),
+            _module("torchsparse.nn.utils", doc, fapply=ts.fapply, get_kernel_offsets=ts.get_kernel_offsets),
             _module("torchsparse.nn.modules", doc, **layers),
             _module("torchsparse.utils", doc),
             _module("torchsparse.utils.collate", doc, **batches),

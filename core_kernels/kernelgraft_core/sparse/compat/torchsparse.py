@@ -336,6 +336,11 @@ class Conv3d2(Conv3d):
         self._build(in_channels, out_channels, kernel_size, stride, dilation, bias, transposed, padding)
 
 
+def fapply(input: Any, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+    """A function of features, applied to those of a sparse tensor."""
+    return input.like(fn(input.feats, *args, **kwargs))
+
+
 def _on_features(name: str, base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Any) -> Any:
         # Without rows there is nothing to do, but other processes wait for statistics.
