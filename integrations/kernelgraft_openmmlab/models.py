@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import flatformer as _flatformer  # noqa: F401
 from .registry import MODELS
 from .sparse_layers import active_sparse_module, layers_for
 

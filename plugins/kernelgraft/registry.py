@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from . import load_plugin
 
-load_plugin("mmcv")  # some of what is registered builds on mmcv's ops
-MODELS = importlib.import_module("kernelgraft_openmmlab.registry").MODELS
-importlib.import_module("kernelgraft_openmmlab.models")
+
+def _open() -> Any:
+    load_plugin("mmcv")  # some of what is registered builds on mmcv's ops
+    importlib.import_module("kernelgraft_openmmlab.models")
+    return importlib.import_module("kernelgraft_openmmlab.registry").MODELS
+
+
+MODELS = _open()

@@ -12,12 +12,12 @@ from types import ModuleType
 from kernelgraft_core.runtime.patching import Patches
 from kernelgraft_openmmlab.imports import when_imported
 
-from . import checkpoints, devices, packages, shapes
+from . import checkpoints, devices, packages, shapes, voxels
 
 
 def repair_hosts(patches: Patches) -> None:
     """Repair what is imported from now on, and what has been imported."""
-    for repairs in (packages.REPAIRS, checkpoints.REPAIRS, devices.REPAIRS, shapes.REPAIRS):
+    for repairs in (packages.REPAIRS, checkpoints.REPAIRS, devices.REPAIRS, shapes.REPAIRS, voxels.REPAIRS):
         for name, repair in repairs.items():
             _watch(patches, name, repair)
 

@@ -1,11 +1,12 @@
-"""mmengine's checkpoints hold its training log beside the weights, which ``torch.load`` refuses since torch 2.6.
+"""mmengine's checkpoints hold log and schedules beside the weights, which ``torch.load`` refuses since torch 2.6.
 
-The named types of that log are allowed, while mmengine loads a checkpoint and no longer; nothing else is unpickled.
+The named types of those are allowed, while mmengine loads a checkpoint and no longer; nothing else is unpickled.
 """
 
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -15,18 +16,42 @@ import torch
 
 from kernelgraft_core.runtime.patching import Patches
 
+KINDS = ["e", "f", "d", "b", "h", "i", "q", "l", "B", "H", "I", "Q", "L", "?", "U", "S"]
+
 
 def allowed_types() -> list[Any]:
-    """What a checkpoint of mmengine is made of besides tensors: its log, and numpy's arrays and numbers."""
-    from mmengine.logging.history_buffer import HistoryBuffer
-
+    """What a checkpoint of mmengine is made of besides tensors: log, schedules, and numpy's arrays and numbers."""
     multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    arrays = [multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype]
-    named = [(each, f"numpy.{core}.multiarray.{each.__name__}") for each in arrays[:2] for core in ("core", "_core")]
-    kinds = [
-        type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U1")
+    functions = [
+        (function, f"numpy.{core}.multiarray.{function.__name__}")
+        for function in (multiarray._reconstruct, multiarray.scalar)
+        for core in ("core", "_core")  # numpy 1 and 2
     ]
-    return [HistoryBuffer, *arrays[2:], *named, *kinds]
+    dtypes = [type(np.dtype(kind)) for kind in KINDS]
+    # They name functions of their own by getattr, which would open everything: it is one that knows these alone.
+    return [*_functions(), np.ndarray, np.dtype, *dtypes, *functions, (_function_of, "builtins.getattr")]
+
+
+def _functions() -> dict[Any, tuple[str, ...]]:
+    """The types whose functions a checkpoint may name."""
+    from mmengine.logging.history_buffer import HistoryBuffer
+    from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
+
+    return {
+        HistoryBuffer: ("min", "max", "mean", "current"),
+        OneCycleParamScheduler: ("_annealing_cos", "_annealing_linear"),
+    }
+
+
+def _function_of(owner: Any, name: str) -> Any:
+    """What ``getattr`` is in a checkpoint: a statistic of the log, or the form of a schedule.
+
+    Raises:
+        pickle.UnpicklingError: it is asked for anything else.
+    """
+    if not isinstance(owner, type) or name not in _functions().get(owner, ()):
+        raise pickle.UnpicklingError(f"{name!r} of {owner!r} is no function that checkpoints of mmengine name")
+    return getattr(owner, name)
 
 
 def _repair(patches: Patches, module: ModuleType) -> None:

@@ -89,43 +89,6 @@ def _neighbours(patches: Patches, module: ModuleType) -> None:
     patches.wrap(module.KNN, "forward", _on_cpu(forward, 2))
 
 
-def _voxels(patches: Patches, module: ModuleType) -> None:
-    """The voxelization of MinkUNet moves its maps to a GPU."""
-
-    def make(theirs: Function) -> Function:
-        @functools.wraps(theirs)
-        def voxelize(self: Any, points: list[Tensor], data_samples: list[Any]) -> dict[str, Tensor]:
-            if self.voxel_type == "minkunet" and points and points[0].device.type == "cpu":
-                return _minkunet_voxels(self, points, data_samples)
-            voxels: dict[str, Tensor] = theirs(self, points, data_samples)
-            return voxels
-
-        return voxelize
-
-    patches.wrap(module.Det3DDataPreprocessor, "voxelize", make)
-
-
-def _minkunet_voxels(self: Any, points: list[Tensor], data_samples: list[Any]) -> dict[str, Tensor]:
-    """One point of each voxel, in the order of voxels; the coordinates of a sample begin at 0."""
-    voxels, sites = [], []
-    for sample, (cloud, data) in enumerate(zip(points, data_samples, strict=True)):
-        cells = torch.round(cloud[:, :3] / cloud.new_tensor(self.voxel_layer.voxel_size)).int()
-        cells -= cells.min(0)[0]
-        kept, voxel_of = self.sparse_quantize(cells.numpy(), return_index=True, return_inverse=True)
-        if self.training and self.max_voxels is not None and len(kept) > self.max_voxels:
-            kept = np.random.choice(kept, self.max_voxels, replace=False)
-        rows = torch.from_numpy(kept)
-        if hasattr(data.gt_pts_seg, "pts_semantic_mask"):
-            data.gt_pts_seg.voxel_semantic_mask = data.gt_pts_seg.pts_semantic_mask[rows]
-        pad, column = ((1, 0), 0) if self.batch_first else ((0, 1), -1)
-        site = torch.nn.functional.pad(cells[rows], pad, value=sample)
-        data.batch_idx = site[:, column]
-        data.point2voxel_map = torch.from_numpy(voxel_of).long()
-        voxels.append(cloud[rows])
-        sites.append(site)
-    return {"voxels": torch.cat(voxels), "coors": torch.cat(sites)}
-
-
 def _camera_boxes(patches: Patches, module: ModuleType) -> None:
     """Boxes of a camera, of nuScenes' own kind, for the metric."""
 
@@ -135,10 +98,10 @@ def _camera_boxes(patches: Patches, module: ModuleType) -> None:
             if torch.cuda.is_available():
                 found: tuple[Any, Tensor, Tensor] = theirs(boxes)
                 return found
-            place = torch.tensor([box.center for box in boxes]).float().view(-1, 3)
-            size = torch.tensor([box.wlh for box in boxes]).float().view(-1, 3)[:, [1, 2, 0]]
+            place = torch.tensor(np.array([box.center for box in boxes])).float().view(-1, 3)
+            size = torch.tensor(np.array([box.wlh for box in boxes])).float().view(-1, 3)[:, [1, 2, 0]]
             yaw = -torch.tensor([box.orientation.yaw_pitch_roll[0] for box in boxes]).float().view(-1, 1)
-            velocity = torch.tensor([box.velocity[0::2] for box in boxes]).float().view(-1, 2)
+            velocity = torch.tensor(np.array([box.velocity[0::2] for box in boxes])).float().view(-1, 2)
             whole = torch.cat((place, size, yaw, velocity), 1)
             labels = torch.tensor([box.label for box in boxes], dtype=torch.int64)
             scores = torch.zeros(len(boxes), 11)
@@ -154,6 +117,5 @@ REPAIRS = {
     "mmcv.ops.furthest_point_sample": _sampling,
     "mmcv.ops.points_in_boxes": _boxes,
     "mmcv.ops.knn": _neighbours,
-    "mmdet3d.models.data_preprocessors.data_preprocessor": _voxels,
     "mmdet3d.evaluation.metrics.nuscenes_metric": _camera_boxes,
 }

@@ -22,5 +22,12 @@ def replace_everywhere(
     """
     before = getattr(module, name)
     after = make(before)
+
+    def restore() -> None:
+        for holder, key in bindings_of(after, HOSTS):
+            setattr(holder, key, before)
+
+    # Recorded first, so undone last: what modules that were imported in between have bound.
+    patches.on_undo(f"later bindings of {module.__name__}.{name}", restore)
     for holder, key in bindings_of(before, HOSTS) or [(module, name)]:
         patches.attr(holder, key, after)
