@@ -32,8 +32,13 @@ def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
 
 @hookimpl
 def kernelgraft_doctor() -> Iterator[Check]:
+    from kernelgraft.families import FAMILIES, compare_with_reference
     from kernelgraft_openmmlab.beside import status
     from kernelgraft_openmmlab.ext import NAMES, provided
+
+    for family in FAMILIES:
+        if ".boxes." in family or ".points." in family:
+            yield from compare_with_reference(family)
 
     yield Check("names of mmcv._ext", True, f"{len(provided())} of {len(NAMES)} provided, the others raise by name")
     try:

@@ -1,4 +1,4 @@
-"""Detectors and segmentors from the configs that mmdet3d ships, with weights that keep signals alive, and what they say.
+"""Detectors and segmentors from the configs that mmdet3d ships, with weights that keep signals alive.
 
 The initial weights of the configs make activations vanish: what then comes out of two runs is equal whatever they do.
 """

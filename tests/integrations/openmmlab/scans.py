@@ -18,10 +18,8 @@ FILES = {
 def scan(name, radius=25.0):
     """float32 ``(N, 4)`` or ``(N, 5)``: x, y, z in metres, intensity, and time on nuScenes; within ``radius``."""
     path, columns = FILES[name]
-    if (DATA / path).is_file():
-        points = np.fromfile(DATA / path, np.float32).reshape(-1, columns)
-    else:
-        points = scene(columns)
+    there = (DATA / path).is_file()
+    points = np.fromfile(DATA / path, np.float32).reshape(-1, columns) if there else scene(columns)
     return points[np.linalg.norm(points[:, :2], axis=1) < radius]
 
 

@@ -12,10 +12,10 @@ import torch
 import kernelgraft
 
 pytest.importorskip("mmdet3d")
-kernelgraft.load_plugin("mmcv")
+kernelgraft.load_plugin("mmcv")  # whose repairs mmdet3d needs when it is imported
 
-from .detectors import DETECTORS, build, infer, largest_difference
-from .scans import scan
+from .detectors import DETECTORS, build, infer, largest_difference  # noqa: E402
+from .scans import scan  # noqa: E402
 
 TOLERANCE = 1e-5
 

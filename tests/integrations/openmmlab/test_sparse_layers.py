@@ -1,4 +1,4 @@
-"""Our layers under the names of mmcv: for its tensors and those of spconv, from checkpoints of either, and gone again."""
+"""Our layers under mmcv's names: for its tensors and spconv's, from checkpoints of either, and taken off again."""
 
 import logging
 import subprocess

@@ -1,0 +1,5 @@
+"""Multi-scale deformable attention."""
+
+from .ops import deform_attention
+
+__all__ = ["deform_attention"]

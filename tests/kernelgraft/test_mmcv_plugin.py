@@ -1,0 +1,129 @@
+"""The plugin ``mmcv`` and the doors to it, as far as they go without OpenMMLab; its host is tested elsewhere."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+import kernelgraft
+from kernelgraft.errors import IncompatibleHost
+from kernelgraft.run import main
+
+needs_mmcv = pytest.mark.skipif(importlib.util.find_spec("mmcv") is None, reason="mmcv is not installed")
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import sys, kernelgraft, beside_program\n"
+        "print(sys.argv[1:], __name__, [p.name for p in kernelgraft.plugins() if p.loaded])\n"
+    )
+    (tmp_path / "beside_program.py").write_text("")
+    return path
+
+
+@needs_mmcv
+def test_a_program_runs_as_python_would_with_the_plugin_loaded(program):
+    done = run("-m", "kernelgraft.run", program, "config.py", "--work-dir", "x")
+    assert done.stdout == "['config.py', '--work-dir', 'x'] __main__ ['mmcv']\n", done.stderr
+    module = run("-m", "kernelgraft.run", "-m", "program", "-m", cwd=program.parent)
+    assert module.stdout == "['-m'] __main__ ['mmcv']\n", module.stderr
+
+
+def test_other_plugins_and_their_options(program):
+    done = run("-m", "kernelgraft.run", "-p", "sparse-conv:facade=torchsparse", program)
+    assert done.stdout == "[] __main__ ['sparse-conv']\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ("nothing", "kernelgraft: plugin 'nothing' is not installed"),
+        ("sparse-conv:facade", "option 'facade' of plugin 'sparse-conv' has no value: write facade=VALUE"),
+        ("sparse-conv:colour=red", "plugin 'sparse-conv' has no option 'colour'"),
+    ],
+)
+def test_a_plugin_that_cannot_be_loaded_ends_it(program, plugin, message, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["-p", plugin, str(program)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_script_that_is_not_there_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["no/such/script.py"])
+    assert "there is no script no/such/script.py" in capsys.readouterr().err
+
+
+def test_a_program_that_fails_fails_as_it_would(tmp_path):
+    path = tmp_path / "fails.py"
+    path.write_text("raise SystemExit(7)\n")
+    assert run("-m", "kernelgraft.run", "-p", "sparse-conv", path).returncode == 7
+
+
+@pytest.mark.parametrize("version", ["1.7.2", "2.2.0"])
+def test_other_versions_of_mmcv_are_refused_and_not_touched(monkeypatch, version):
+    from kernelgraft import hosts
+
+    monkeypatch.setattr(hosts, "installed_version", lambda name: version if name == "mmcv" else None)
+    before = list(sys.meta_path)
+    with pytest.raises(IncompatibleHost, match=rf"plugin 'mmcv' needs mmcv or mmcv-lite >=2\.0,<2\.2: mmcv {version}"):
+        kernelgraft.load_plugin("mmcv")
+    assert sys.meta_path == before
+
+
+def test_an_option_that_means_nothing_is_refused():
+    if importlib.util.find_spec("mmcv") is None:
+        pytest.skip("mmcv is not installed")
+    with pytest.raises(ValueError, match="plugin 'mmcv' has no option 'speed'; it takes host"):
+        kernelgraft.load_plugin("mmcv", speed=11)
+
+
+@needs_mmcv
+def test_types_of_the_scope_work_in_any_config_without_imports():
+    done = run(
+        "-c",
+        """
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+config = dict(type="kernelgraft.FlatFormer", in_channels=16, grid_shape=(20, 20, 1), num_heads=2, group_size=8)
+DefaultScope.get_instance("mmseg", scope_name="mmseg")
+model = MODELS.build(config)
+layer = MODELS.build(dict(type="kernelgraft.SubMConv3d", in_channels=2, out_channels=3, kernel_size=3))
+print(type(model).__module__, type(layer).__module__, sorted(MODELS.children["kernelgraft"].module_dict)[0])
+""",
+    )
+    assert done.stdout == "kernelgraft_openmmlab.flatformer kernelgraft_openmmlab.sparse_layers FlatFormer\n", (
+        done.stderr
+    )
+
+
+@needs_mmcv
+def test_custom_imports_put_our_layers_under_mmcvs_names_and_unloading_takes_them_off(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("custom_imports = dict(imports=['kernelgraft.openmmlab'], allow_failed_imports=False)\n")
+    done = run(
+        "-c",
+        """
+import sys, kernelgraft
+from mmengine.config import Config
+from mmengine.registry import MODELS
+Config.fromfile(sys.argv[1])
+ours = MODELS.get("SubMConv3d")
+assert ours.__module__ == "kernelgraft_openmmlab.sparse_layers", ours
+assert MODELS.get("SparseInverseConv3d").__module__ == ours.__module__
+kernelgraft.unload_plugin("sparse-conv")
+assert MODELS.get("SubMConv3d").__module__ == "mmcv.ops.sparse_conv"
+kernelgraft.unload_plugin("mmcv")
+print("done")
+""",
+        config,
+    )
+    assert done.stdout == "done\n", done.stderr
