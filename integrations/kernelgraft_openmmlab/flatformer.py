@@ -63,7 +63,9 @@ class FlatFormer(Blocks, BaseModule):  # type: ignore[misc]
         super().__init__(in_channels, num_heads, num_blocks, grid_shape, window_shape, group_size, hidden, parity, keys)
         self.init_cfg, self.output = init_cfg, output
 
-    def forward(self, voxel_features: Tensor, coors: Tensor, batch_size: int | Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, voxel_features: Tensor, coors: Tensor, batch_size: int | Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """A picture, or features and coordinates.
 
         Args:

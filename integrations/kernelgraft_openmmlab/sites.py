@@ -1,4 +1,4 @@
-"""The sites of a tensor of indices, worked out once for all layers that are given the same tensor."""
+"""Sites of a tensor of indices and kernel maps of them, worked out once for all layers that are given the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
-from kernelgraft_core.sparse import Coordinates
+from kernelgraft_core.sparse import ConvGeometry, Coordinates, KernelMap
 
 _known: Derived[dict[tuple[tuple[int, ...], int], Coordinates]] = Derived()
 
@@ -18,7 +18,7 @@ def sites_of(indices: Tensor, spatial_shape: Sequence[int], batch_size: int) -> 
     Raises:
         ValueError: a row is not in the grid, or there twice.
     """
-    shape, batch_size = tuple(int(size) for size in spatial_shape), int(batch_size)
+    shape, batch_size = tuple(max(1, int(size)) for size in spatial_shape), int(batch_size)
     known = _known.of((indices,), dict)
     if (shape, batch_size) not in known:
         known[shape, batch_size] = Coordinates(indices, shape, batch_size)
@@ -30,3 +30,18 @@ def indices_of(sites: Coordinates) -> Tensor:
     indices = sites.indices.detach()  # another object: the sites would keep their own tensor, and so themselves, alive
     _known.of((indices,), dict)[sites.spatial_shape, sites.batch_size] = sites
     return indices
+
+
+def map_of(
+    geometry: ConvGeometry, sites: Coordinates, transposed: bool = False, out_shape: tuple[int, ...] | None = None
+) -> KernelMap:
+    """The kernel map of a layer; without outputs, as in mmcv, where its kernel is larger than the padded grid.
+
+    Raises:
+        ValueError: a transposed convolution has no grid of ``out_shape``.
+    """
+    around = zip(sites.spatial_shape, geometry.kernel_size, geometry.padding, geometry.dilation, strict=True)
+    if transposed or geometry.submanifold or all(n + 2 * p > d * (k - 1) for n, k, p, d in around):
+        return KernelMap.of(geometry, sites, transposed=transposed, out_shape=out_shape)
+    nowhere = Coordinates.known(sites.indices[:0], (1,) * geometry.dimensions, sites.batch_size, sites.stride)
+    return KernelMap(geometry, sites, nowhere, sites.indices.new_empty((0, geometry.volume)))

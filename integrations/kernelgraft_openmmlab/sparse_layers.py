@@ -21,7 +21,7 @@ from kernelgraft_core.sparse import ConvGeometry, KernelMap, SparseTensor, spars
 from kernelgraft_core.sparse.conv.dataflow import ConvConfig
 from kernelgraft_core.sparse.nn.conv import begin_uniform
 
-from .sites import indices_of, sites_of
+from .sites import indices_of, map_of, sites_of
 
 Sizes = int | Sequence[int]
 
@@ -129,7 +129,7 @@ class SparseConvolutionMixin(nn.Module):
         if self.transposed:
             least = self.geometry.transposed_shape(sites.spatial_shape)
             shape = tuple(a + b for a, b in zip(least, self.output_padding, strict=True))
-        known = KernelMap.of(self.geometry, sites, transposed=self.transposed, out_shape=shape)
+        known = map_of(self.geometry, sites, self.transposed, shape)
         if self.indice_key is not None:
             x.indice_dict[key] = known
         return known

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
-from kernelgraft_core.sparse import ConvGeometry, KernelMap, sparse_conv
+from kernelgraft_core.sparse import ConvGeometry, sparse_conv
 from kernelgraft_core.sparse.conv.ops import sparse_conv_gradients
 from kernelgraft_core.sparse.maps.exchanged import exchanged
-from kernelgraft_openmmlab.sites import indices_of, sites_of
+from kernelgraft_openmmlab.sites import indices_of, map_of, sites_of
 
 __all__ = (
     "fused_indice_conv_forward",
@@ -57,7 +57,7 @@ def _get_indice_pairs(
     else:
         steps, around, apart = (tuple(map(int, each)) for each in (stride, padding, dilation))
         geometry = ConvGeometry(kernel, steps, around, apart)
-    known = KernelMap.of(geometry, sites, transposed=bool(transpose), out_shape=shape if transpose else None)
+    known = map_of(geometry, sites, bool(transpose), shape if transpose else None)
     inputs, outputs, starts = known.pairs
     counts = starts.diff()
     pairs = indices.new_full((geometry.volume, 2, len(sites)), -1, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What of mmengine, mmcv and mmdet3d fails on current libraries or without a GPU, repaired when it is imported.
+"""What of mmengine, mmcv and mmdet3d fails or crawls on current libraries or without a GPU, repaired on import.
 
 Each repair is a change recorded in the patch set, and taken back with it. A module that is never imported is never
 looked at.
@@ -12,13 +12,13 @@ from types import ModuleType
 from kernelgraft_core.runtime.patching import Patches
 from kernelgraft_openmmlab.imports import when_imported
 
-from . import checkpoints, devices, packages, shapes, voxels
+from . import attention, checkpoints, devices, packages, shapes, voxels
 
 
 def repair_hosts(patches: Patches) -> None:
     """Repair what is imported from now on, and what has been imported."""
-    for repairs in (packages.REPAIRS, checkpoints.REPAIRS, devices.REPAIRS, shapes.REPAIRS, voxels.REPAIRS):
-        for name, repair in repairs.items():
+    for family in (packages, checkpoints, devices, shapes, voxels, attention):
+        for name, repair in family.REPAIRS.items():
             _watch(patches, name, repair)
 
 

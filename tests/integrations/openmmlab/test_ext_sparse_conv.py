@@ -1,12 +1,15 @@
 """Sparse convolution and pooling through mmcv's own layers, against dense convolution and brute force."""
 
 import itertools
+import types
 
 import mmcv.ops
 import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.ops import SparseConvTensor, sparse_ops
+
+from kernelgraft_openmmlab.sparse_layers import layers_for
 
 from .grids import SHAPE, dense_of, scattered
 
@@ -205,3 +208,16 @@ def test_sites_outside_of_the_grid_and_doubles_are_refused():
     double[3] = double[1]
     with pytest.raises(ValueError, match="rows 1 and 3 of the coordinates are both"):
         layer(SparseConvTensor(features, double, list(SHAPE), 2))
+
+
+def test_a_kernel_that_does_not_fit_has_no_outputs_as_in_mmcv():
+    features, indices = torch.randn(1, 5), torch.zeros(1, 4, dtype=torch.int32)
+    for layers in (mmcv.ops, types.SimpleNamespace(**layers_for(mmcv.ops.SparseModule))):
+        net = mmcv.ops.SparseSequential(
+            layers.SparseConv3d(5, 6, 2, stride=2, indice_key="a", bias=False),
+            layers.SubMConv3d(6, 6, 3, bias=False),
+            layers.SparseConv3d(6, 6, 2, stride=2, indice_key="b", bias=False),
+            layers.SparseInverseConv3d(6, 6, 2, indice_key="b", bias=False),
+            layers.SparseInverseConv3d(6, 4, 2, indice_key="a", bias=False),
+        )
+        assert torch.equal(net(SparseConvTensor(features, indices, [1, 1, 1], 1)).features, torch.zeros(1, 4))

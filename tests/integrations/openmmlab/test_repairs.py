@@ -210,3 +210,24 @@ assert seen == [1, adapted]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("kernelgraft could not adapt adapted\nTraceback")
+
+
+def test_deformable_attention_of_mmcvs_layers_runs_on_our_kernel(repaired, rng):
+    from mmcv.ops import MultiScaleDeformableAttention
+    from mmcv.ops import multi_scale_deform_attn as module
+
+    layer = MultiScaleDeformableAttention(32, num_heads=4, num_levels=2, num_points=3, dropout=0.0)
+    sizes = torch.tensor([[6, 5], [3, 4]])
+    starts = torch.tensor([0, 30])
+    query, value = torch.randn(7, 2, 32, generator=rng), torch.randn(42, 2, 32, generator=rng)
+    points = torch.rand(2, 7, 2, 2, generator=rng)
+    arguments = {"reference_points": points, "spatial_shapes": sizes, "level_start_index": starts}
+    torch.nn.init.normal_(layer.sampling_offsets.weight)
+    ours = module.multi_scale_deformable_attn_pytorch
+    out = layer(query, value=value, **arguments)
+    module.multi_scale_deformable_attn_pytorch = ours.__wrapped__
+    try:
+        expected = layer(query, value=value, **arguments)
+    finally:
+        module.multi_scale_deformable_attn_pytorch = ours
+    torch.testing.assert_close(out, expected)
