@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.patching import Patches
-from kernelgraft_core.sparse import ConvGeometry, KernelMap, SparseTensor, sparse_conv
+from kernelgraft_core.sparse import ConvGeometry, KernelMap, sparse_conv
 from kernelgraft_core.sparse.conv.dataflow import ConvConfig
 from kernelgraft_core.sparse.nn.conv import begin_uniform
 
@@ -231,20 +231,9 @@ def active_sparse_module() -> type:
 
 def override_sparse_layers(patches: Patches) -> dict[str, type]:
     """Put our layers under mmcv's names into the root registry, where SparseEncoder and its kin look them up."""
-    import mmcv.ops.sparse_structure
     from mmengine.registry import MODELS
 
     layers = layers_for(active_sparse_module())
     for name, layer in layers.items():
         patches.item(MODELS._module_dict, name, layer)
-    patches.wrap(mmcv.ops.sparse_structure.SparseConvTensor, "dense", _dense)
     return layers
-
-
-def _dense(_: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def dense(self: Any, channels_first: bool = True) -> Tensor:
-        """``(B, C, *spatial_shape)``, contiguous, or with channels last."""
-        made = SparseTensor(self.features, sites_of(self.indices, self.spatial_shape, self.batch_size)).to_dense()
-        return made.contiguous() if channels_first else made.movedim(1, -1)
-
-    return dense

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .coordinates import LARGEST_SIZE, Coordinates, per_axis
-from .grids import grid_keys, grid_sites, grid_steps
+from .grids import grid_sites, grid_steps
 
 LARGEST_VOLUME = 4096
 
@@ -123,14 +123,25 @@ class ConvGeometry:
         if self.submanifold:
             return inputs
         shape = self.out_shape(inputs.spatial_shape)
-        strides = torch.tensor(self.stride, dtype=torch.int32, device=inputs.device)
-        reached = []
-        for tap in self.taps():
-            moved = inputs.indices[:, 1:] - torch.tensor(tap, dtype=torch.int32, device=inputs.device)
-            site = torch.div(moved, strides, rounding_mode="floor")
-            reached.append((site, (site * strides == moved).all(1)))
         stride = tuple(a * b for a, b in zip(inputs.stride, self.stride, strict=True))
-        return _sites(inputs, reached, shape, stride)
+        axes = []
+        for axis, site in enumerate(inputs.indices[:, 1:].long().unbind(1)):
+            size, step, around, apart = (
+                self.kernel_size[axis],
+                self.stride[axis],
+                self.padding[axis],
+                self.dilation[axis],
+            )
+            if apart == 1:  # outputs in a row, the last of which reads the site by its first tap that there is
+                last = torch.div(site + around, step, rounding_mode="floor")
+                found = last.unsqueeze(1) - torch.arange(-(-size // step), device=site.device)
+                reads = found * step + size > (site + around).unsqueeze(1)
+            else:
+                moved = (site + around).unsqueeze(1) - apart * torch.arange(size, device=site.device)
+                found = torch.div(moved, step, rounding_mode="floor")
+                reads = found * step == moved
+            axes.append((found, reads))
+        return _sites(inputs, axes, shape, stride)
 
     def transposed_coordinates(self, inputs: Coordinates, out_shape: tuple[int, ...] | None = None) -> Coordinates:
         """The sites of all outputs of the transposed convolution that read an input.
@@ -142,25 +153,28 @@ class ConvGeometry:
         if out_shape is not None and self.out_shape(out_shape) != inputs.spatial_shape:
             raise ValueError(f"out_shape is {out_shape}, which the convolution takes to {self.out_shape(out_shape)}, "
                              f"not to {inputs.spatial_shape}")  # fmt: skip
-        strides = torch.tensor(self.stride, dtype=torch.int32, device=inputs.device)
-        every = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
-        sites = inputs.indices[:, 1:] * strides
-        reached = [(sites + torch.tensor(tap, dtype=torch.int32, device=inputs.device), every) for tap in self.taps()]
         stride = tuple(max(1, a // b) for a, b in zip(inputs.stride, self.stride, strict=True))
-        return _sites(inputs, reached, shape, stride)
+        axes = []
+        for axis, site in enumerate(inputs.indices[:, 1:].long().unbind(1)):
+            taps = torch.arange(self.kernel_size[axis], device=site.device) * self.dilation[axis] - self.padding[axis]
+            found = (site * self.stride[axis]).unsqueeze(1) + taps
+            axes.append((found, torch.ones_like(found, dtype=torch.bool)))
+        return _sites(inputs, axes, shape, stride)
 
 
 def _sites(
-    inputs: Coordinates, reached: list[tuple[Tensor, Tensor]], shape: tuple[int, ...], stride: tuple[int, ...]
+    inputs: Coordinates, axes: list[tuple[Tensor, Tensor]], shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> Coordinates:
-    """Those in a grid of ``shape``, each once, in order.
+    """The sites that inputs reach in a grid of ``shape``, each once, in order.
 
-    ``reached``: sites for every input, and which of them count.
+    ``axes``: for each axis where every input reaches, int64 ``(N, R)``, and which of these count.
     """
-    limits = torch.tensor(shape, dtype=torch.int32, device=inputs.device)
     steps = grid_steps(shape, inputs.batch_size)
-    found = [torch.empty(0, dtype=torch.int64, device=inputs.device)]
-    for site, counts in reached:
-        inside = counts & ((site >= 0) & (site < limits)).all(1)
-        found.append(grid_keys(torch.cat((inputs.indices[:, :1], site), 1)[inside], steps))
-    return Coordinates.known(grid_sites(torch.cat(found).unique(), steps), shape, inputs.batch_size, stride)
+    # One number for each combination of what is reached along the axes, and whether it is in the grid.
+    keys = inputs.indices[:, :1].long() * steps[0]
+    counts = torch.ones_like(keys, dtype=torch.bool)
+    for (found, reads), size, step in zip(axes, shape, steps[1:], strict=True):
+        inside = reads & (found >= 0) & (found < size)
+        keys = (keys.unsqueeze(2) + (found * step).unsqueeze(1)).flatten(1)
+        counts = (counts.unsqueeze(2) & inside.unsqueeze(1)).flatten(1)
+    return Coordinates.known(grid_sites(keys[counts].unique(), steps), shape, inputs.batch_size, stride)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .coordinates import Coordinates
+from .grids import grid_keys, grid_steps
 
 
 class SparseTensor:
@@ -118,9 +120,14 @@ class SparseTensor:
         return SparseTensor(feats, self.coordinates.to(feats.device))
 
     def to_dense(self) -> Tensor:
-        """``(B, C, X, ...)``, 0 where there is no site."""
-        dense = self.feats.new_zeros((self.batch_size, *self.spatial_shape, self.channels))
-        return dense.index_put(tuple(self.coords.long().T), self.feats).movedim(-1, 1)
+        """``(B, C, X, ...)``, contiguous, 0 where there is no site."""
+        shape = self.spatial_shape
+        dense = self.feats.new_zeros((self.batch_size, self.channels, math.prod(shape)))
+        grid, *place = self.coords.long().unbind(1)
+        site = grid_keys(torch.stack(place, 1), grid_steps(shape[1:], shape[0]))
+        # Written where it belongs: to turn a grid that is mostly empty costs more than to fill it.
+        dense.transpose(1, 2).index_put_((grid, site), self.feats)
+        return dense.unflatten(2, shape)
 
     def to_bev(self, axis: int = -1) -> Tensor:
         """Seen from above: ``(B, C * Z, X, Y)``, where ``axis`` of the grid, by default the last, becomes channels."""

@@ -12,12 +12,12 @@ from types import ModuleType
 from kernelgraft_core.runtime.patching import Patches
 from kernelgraft_openmmlab.imports import when_imported
 
-from . import attention, checkpoints, devices, packages, shapes, voxels
+from . import attention, checkpoints, devices, packages, sparse_tensors, voxels
 
 
 def repair_hosts(patches: Patches) -> None:
     """Repair what is imported from now on, and what has been imported."""
-    for family in (packages, checkpoints, devices, shapes, voxels, attention):
+    for family in (packages, checkpoints, devices, sparse_tensors, voxels, attention):
         for name, repair in family.REPAIRS.items():
             _watch(patches, name, repair)
 

@@ -18,6 +18,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from kernelgraft.patches import PatchSet
 from kernelgraft_openmmlab.fixes import packages, repair_hosts
 
+from .grids import SHAPE, scattered
+
 
 @pytest.fixture
 def repaired():
@@ -149,6 +151,19 @@ def test_a_shape_may_be_a_tensor_and_indices_any_integers(repaired):
     assert x.spatial_shape == [2, 2, 2]
     assert x.indices.dtype == torch.int32
     assert x.sparity == 1 / 8
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_a_dense_grid_is_mmcvs_with_its_gradient(repaired, rng, channels_first):
+    features, indices = scattered()
+    grids = []
+    for dense in (mmcv.ops.SparseConvTensor.dense, mmcv.ops.SparseConvTensor.dense.__wrapped__):
+        x = features.clone().requires_grad_()
+        grid = dense(mmcv.ops.SparseConvTensor(x, indices, list(SHAPE), 2), channels_first)
+        (grid * torch.arange(grid.numel()).view(grid.shape)).sum().backward()
+        assert grid.is_contiguous()
+        grids.append((grid, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grids, strict=True))
 
 
 def voxelizer(**options):
