@@ -18,7 +18,7 @@ OUTPUTS = ("bev", "rows")
 
 
 @MODELS.register_module()
-class FlatFormer(Blocks, BaseModule):  # type: ignore[misc]
+class FlatFormer(Blocks, BaseModule):
     """Features of pillars in, a picture seen from above out: ``type="kernelgraft.FlatFormer"``.
 
     It stands where ``PointPillarsScatter`` does, in the slot ``middle_encoder`` or ``pts_middle_encoder``. Parameters
@@ -63,7 +63,7 @@ class FlatFormer(Blocks, BaseModule):  # type: ignore[misc]
         super().__init__(in_channels, num_heads, num_blocks, grid_shape, window_shape, group_size, hidden, parity, keys)
         self.init_cfg, self.output = init_cfg, output
 
-    def forward(
+    def forward(  # type: ignore[override]  # what mmdet3d's slot gives and takes
         self, voxel_features: Tensor, coors: Tensor, batch_size: int | Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """A picture, or features and coordinates.

@@ -91,10 +91,8 @@ def test_types_of_the_scope_work_in_any_config_without_imports():
     done = run(
         "-c",
         """
-from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 config = dict(type="kernelgraft.FlatFormer", in_channels=16, grid_shape=(20, 20, 1), num_heads=2, group_size=8)
-DefaultScope.get_instance("mmseg", scope_name="mmseg")
 model = MODELS.build(config)
 layer = MODELS.build(dict(type="kernelgraft.SubMConv3d", in_channels=2, out_channels=3, kernel_size=3))
 print(type(model).__module__, type(layer).__module__, sorted(MODELS.children["kernelgraft"].module_dict)[0])
@@ -125,5 +123,24 @@ kernelgraft.unload_plugin("mmcv")
 print("done")
 """,
         config,
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+@needs_mmcv
+def test_flatformer_in_plain_torch_and_under_the_originals_name():
+    done = run(
+        "-c",
+        """
+import kernelgraft
+plain = kernelgraft.load_plugin("flatformer")
+assert plain.FlatFormer(16, 2, 1, (9, 9, 1)).block_list[0].block[0].fc1.out_features == 32
+hosted = kernelgraft.load_plugin("flatformer", host="mmdet3d")
+from mmengine.registry import MODELS
+assert MODELS.build(dict(type="FlatFormer", in_channels=16, num_heads=2)).output == "bev"
+kernelgraft.unload_plugin("flatformer")
+assert "FlatFormer" not in MODELS.module_dict
+print("done")
+""",
     )
     assert done.stdout == "done\n", done.stderr

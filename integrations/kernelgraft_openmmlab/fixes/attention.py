@@ -21,7 +21,7 @@ def _repair(patches: Patches, module: ModuleType) -> None:
         def attend(
             value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
         ) -> Tensor:
-            if value.device.type != "cpu" or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            if value.device.type != "cpu" or torch._C._get_tracing_state() or torch.onnx.is_in_onnx_export():
                 found: Tensor = theirs(value, value_spatial_shapes, sampling_locations, attention_weights)
                 return found
             from kernelgraft_core.vision.deform_attention.ops import deform_attention

@@ -52,6 +52,8 @@ _EXTRAS = {
     "jinja2": "'kernelgraft[report]'",
     "matplotlib": "'kernelgraft[report]'",
     "gguf": "'kernelgraft[demo]'",
+    "mmcv": "'kernelgraft[openmmlab]'",
+    "mmengine": "'kernelgraft[openmmlab]'",
 }
 
 
