@@ -23,6 +23,8 @@ from kernelgraft_core.runtime.testing import assert_close
 from kernelgraft_core.runtime.timing import environment, measure_in_turns
 
 from . import byte_cases as byte_cases  # registers its cases
+from . import flatformer_cases as flatformer_cases
+from . import openmmlab_cases as openmmlab_cases
 from . import sparse_cases as sparse_cases  # likewise
 from . import sparse_networks as sparse_networks
 from .cases import Case, Shape, UnavailableError, Variant, select

@@ -20,7 +20,8 @@ FAMILIES = tuple(
     for name in ("quant.w4a16", "quant.w3a16", "quant.w4a8", "quant.kv4", "sparse.maps", "sparse.conv",
                  "sparse.pair_gemm", "boxes.overlap", "boxes.nms", "boxes.points", "boxes.vertices", "points.voxelize",
                  "points.reduce", "points.sampling", "points.neighbors", "points.roi_pool",
-                 "vision.deform_attention", "point_attention.attention", "point_attention.norm_ffn")
+                 "vision.deform_attention", "point_attention.attention", "point_attention.norm_ffn",
+                 "point_attention.linear")
 )  # fmt: skip
 """Packages with a module ``ops`` that defines ops, and a module ``examples``: ``example_args(device, **sizes)`` gives
 arguments for each op, ``peer(op, args)`` what it is measured against, and ``TUNED`` names those that can be tuned."""
