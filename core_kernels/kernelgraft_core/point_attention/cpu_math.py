@@ -7,7 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from kernelgraft_core.quant.packed.cpu_vectors import I32, Emit, constant, vector
+from kernelgraft_core.runtime.cpu_vectors import I32, Emit, constant, vector
 
 # Minimax polynomials, lowest power first. 2^t for |t| <= 1/2: relative error 8e-8.
 POWER = (1.0000001192092896, 0.693146944046, 0.2402212023735, 0.0555071346462, 0.0096755418926, 0.0013276470127)

@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from kernelgraft_core.quant.packed import cpu_vectors
+from kernelgraft_core.runtime import cpu_vectors
 from kernelgraft_core.runtime.native import pointer
 
 from . import cpu_math, cpu_tile

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kernelgraft_core.quant.packed.cpu_vectors import (
+from kernelgraft_core.runtime.cpu_vectors import (
     BF16,
     BFLOAT,
     BY_NAME,

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kernelgraft_core.quant.packed.cpu_vectors import F32, I64, Emit, constant, vector
+from kernelgraft_core.runtime.cpu_vectors import F32, I64, Emit, constant, vector
 
 from .cpu_math import power_of_two
 from .cpu_tile import TILE_SETS, TileSet, largest_scores, product_block, score_rows

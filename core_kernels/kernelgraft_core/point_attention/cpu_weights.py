@@ -71,7 +71,7 @@ def unsupported(x: Tensor) -> str | None:
 @functools.cache
 def float_set() -> TileSet:
     """The best tiles for float32 here."""
-    from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
+    from kernelgraft_core.runtime.cpu_vectors import instruction_set
 
     from .cpu_tile import TILE_SETS
 
@@ -82,7 +82,7 @@ def float_set() -> TileSet:
 @functools.cache
 def set_for(dtype: torch.dtype) -> TileSet:
     """Half types go through float32, but for bfloat16 where a processor has products of it."""
-    from kernelgraft_core.quant.packed.cpu_vectors import BFLOAT, is_there
+    from kernelgraft_core.runtime.cpu_vectors import BFLOAT, is_there
 
     from .cpu_tile import BFLOAT_SET
 

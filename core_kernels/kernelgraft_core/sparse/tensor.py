@@ -127,7 +127,7 @@ class SparseTensor:
         site = grid_keys(torch.stack(place, 1), grid_steps(shape[1:], shape[0]))
         # Written where it belongs: to turn a grid that is mostly empty costs more than to fill it.
         dense.transpose(1, 2).index_put_((grid, site), self.feats)
-        return dense.unflatten(2, shape)
+        return dense.view(self.batch_size, self.channels, *shape)
 
     def to_bev(self, axis: int = -1) -> Tensor:
         """Seen from above: ``(B, C * Z, X, Y)``, where ``axis`` of the grid, by default the last, becomes channels."""

@@ -68,7 +68,7 @@ def test_every_instruction_set(rows, channels, hidden, known, monkeypatch):
     pytest.importorskip("numba")
     from kernelgraft_core.point_attention.cpu_tile import TILE_SETS
     from kernelgraft_core.point_attention.norm_ffn import cpu
-    from kernelgraft_core.quant.packed.cpu_vectors import is_there
+    from kernelgraft_core.runtime.cpu_vectors import is_there
 
     tiles = next(each for each in TILE_SETS if each.isa.name == known)
     if not is_there(tiles.isa):

@@ -13,7 +13,7 @@ def one_thread(reproducible):
 @pytest.fixture
 def use_instructions(monkeypatch):
     """``use_instructions(name)``: CPU kernels of that instruction set, where this processor has it."""
-    cpu_vectors = pytest.importorskip("kernelgraft_core.quant.packed.cpu_vectors")
+    cpu_vectors = pytest.importorskip("kernelgraft_core.runtime.cpu_vectors")
     from kernelgraft_core.quant.packed import cpu_integer
 
     def use(name: str) -> None:

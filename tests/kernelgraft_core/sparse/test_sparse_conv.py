@@ -281,7 +281,7 @@ def test_other_instruction_sets_compute_the_same(isa, tmp_path):
     pytest.importorskip("numba")
     script = """
 import torch
-from kernelgraft_core.quant.packed import cpu_vectors
+from kernelgraft_core.runtime import cpu_vectors
 from kernelgraft_core.sparse.conv import cpu, reference
 isa = cpu_vectors.BY_NAME["{isa}"]
 cpu_vectors.instruction_set = lambda: isa

@@ -97,7 +97,7 @@ def _append_launch(rows: int, head_size: int) -> Launch:
 
 @functools.cache
 def _attention_kernels(head_size: int) -> tuple[int, int]:
-    from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
+    from kernelgraft_core.runtime.cpu_vectors import instruction_set
 
     from .cpu_kernels import attend_kernel, merge_kernel
 

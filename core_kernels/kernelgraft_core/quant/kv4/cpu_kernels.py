@@ -16,9 +16,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from kernelgraft_core.quant.packed import cpu_numbers, cpu_vectors
+from kernelgraft_core.quant.packed import cpu_numbers
 from kernelgraft_core.quant.packed.cpu_numbers import float_of_half, half_of_float
-from kernelgraft_core.quant.packed.cpu_vectors import INSTRUCTION_SETS, InstructionSet
+from kernelgraft_core.runtime import cpu_vectors
+from kernelgraft_core.runtime.cpu_vectors import INSTRUCTION_SETS, InstructionSet
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
 from . import cpu_steps

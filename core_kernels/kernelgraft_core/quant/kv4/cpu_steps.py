@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kernelgraft_core.quant.packed.cpu_vectors import (
+from kernelgraft_core.runtime.cpu_vectors import (
     F16,
     F32,
     I16,

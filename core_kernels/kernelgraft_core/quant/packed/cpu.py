@@ -170,7 +170,9 @@ def _by_table(group: int) -> bool:
     """Whether weights are dequantized to 16 bits directly, which takes an eighth of the time."""
     if not _HAS_NUMBA:
         return False
-    from . import cpu_halves, cpu_vectors
+    from kernelgraft_core.runtime import cpu_vectors
+
+    from . import cpu_halves
 
     return cpu_halves.unsupported(cpu_vectors.instruction_set(), group) is None
 

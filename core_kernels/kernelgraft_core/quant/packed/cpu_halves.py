@@ -14,13 +14,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kernelgraft_core.runtime.cpu_vectors import (
+    F16,
+    F32,
+    I16,
+    I32,
+    I64,
+    INSTRUCTION_SETS,
+    Emit,
+    InstructionSet,
+    constant,
+    vector,
+)
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
 from . import cpu_kernels
 from .cpu_kernels import GROUPS, HALF, OUT, QHIGH, QWEIGHT, ROWS, SCALES, ZEROS, K
 from .cpu_numbers import float_of_half
 from .cpu_tile import unpack_planes
-from .cpu_vectors import F16, F32, I16, I32, I64, INSTRUCTION_SETS, Emit, InstructionSet, constant, vector
 
 ENTRIES = 16  # of a table; 3-bit weights use 8 of them
 

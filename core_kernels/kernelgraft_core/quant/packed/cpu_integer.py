@@ -72,8 +72,9 @@ def _addresses(weight: PackedWeight) -> tuple[int, int, int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def _call(tokens: int, n: int, k: int, groups: int, bits: int, dtype: torch.dtype) -> _Call:
+    from kernelgraft_core.runtime import cpu_vectors
+
     from . import cpu_kernels as kernels  # compiles, or loads what an earlier process compiled
-    from . import cpu_vectors
 
     isa = cpu_vectors.instruction_set()
     shape = block_shape(k // groups, k, isa.lanes)
@@ -99,7 +100,9 @@ def _call(tokens: int, n: int, k: int, groups: int, bits: int, dtype: torch.dtyp
 @functools.lru_cache(maxsize=4096)
 def _dequantize_launch(n: int, group: int, bits: int, dtype: torch.dtype) -> tuple[Launch, bool]:
     """What writes a weight of ``n`` rows, and whether it writes ``dtype`` itself, or float32."""
-    from . import cpu_halves, cpu_kernels, cpu_vectors
+    from kernelgraft_core.runtime import cpu_vectors
+
+    from . import cpu_halves, cpu_kernels
 
     isa = cpu_vectors.instruction_set()
     if dtype in (torch.bfloat16, torch.float16) and cpu_halves.unsupported(isa, group) is None:

@@ -22,9 +22,11 @@ from typing import Any
 import numba
 import numpy as np
 
+from kernelgraft_core.runtime import cpu_vectors
+from kernelgraft_core.runtime.cpu_vectors import INSTRUCTION_SETS, InstructionSet
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
-from . import cpu_numbers, cpu_tile, cpu_vectors
+from . import cpu_numbers, cpu_tile
 from .cpu_numbers import (
     RUN,
     float_of_half,
@@ -35,7 +37,6 @@ from .cpu_numbers import (
     unpack_scales,
 )
 from .cpu_tile import PANEL, QUAD, multiply_panel
-from .cpu_vectors import INSTRUCTION_SETS, InstructionSet
 
 TILE = 4  # tokens that share one pass over a weight row
 LARGEST = 32767  # what a block's largest magnitude becomes

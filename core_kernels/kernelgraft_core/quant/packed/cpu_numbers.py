@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .cpu_vectors import F16, F32, I16, I32, I64, INSTRUCTION_SETS, Emit, constant, vector
+from kernelgraft_core.runtime.cpu_vectors import F16, F32, I16, I32, I64, INSTRUCTION_SETS, Emit, constant, vector
 
 RUN = 16  # floats that are rounded together; LLVM splits them where vectors are shorter
 _FLOATS, _INTEGERS = vector(F32, RUN), vector(I32, RUN)

@@ -15,7 +15,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .cpu_vectors import F32, I16, I32, I64, INSTRUCTION_SETS, Emit, InstructionSet, constant, vector
+from kernelgraft_core.runtime.cpu_vectors import (
+    F32,
+    I16,
+    I32,
+    I64,
+    INSTRUCTION_SETS,
+    Emit,
+    InstructionSet,
+    constant,
+    vector,
+)
 
 QUAD = 4  # weight rows that are done together, and the least there must be
 PANEL = 32  # weight rows whose scales are unpacked together; their words stay in the second-level cache

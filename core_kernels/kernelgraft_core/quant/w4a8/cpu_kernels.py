@@ -14,9 +14,10 @@ import numba
 import numpy as np
 
 from kernelgraft_core.quant.packed import cpu_kernels as packed_kernels
-from kernelgraft_core.quant.packed import cpu_numbers, cpu_vectors
+from kernelgraft_core.quant.packed import cpu_numbers
 from kernelgraft_core.quant.packed.cpu_kernels import load_floats, store_floats
 from kernelgraft_core.quant.packed.cpu_numbers import RUN, float_of_half, largest_magnitude, round_bytes
+from kernelgraft_core.runtime import cpu_vectors
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
 from . import cpu_panels, cpu_tile

@@ -85,7 +85,7 @@ def byte_set() -> ByteSet | None:
     """How this processor multiplies bytes, or None where no kernel of ours runs: without numba, or on another kind."""
     if importlib.util.find_spec("numba") is None:
         return None
-    from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
+    from kernelgraft_core.runtime.cpu_vectors import instruction_set
 
     from .cpu_tile import BYTE_SETS
 

@@ -25,7 +25,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kernelgraft_core.quant.packed.cpu_vectors import BY_NAME, I16, I32, I64, Emit, InstructionSet, constant, vector
+from kernelgraft_core.runtime.cpu_vectors import BY_NAME, I16, I32, I64, Emit, InstructionSet, constant, vector
 
 from .cpu_panels import BYTES, GROUP_SUMS, GROUPS, ROWS
 

@@ -228,7 +228,7 @@ def _weight_kernel() -> int:
 @functools.cache
 def _set_for(dtype: torch.dtype) -> FloatSet:
     """What outputs are computed with: half types go through float32, but for bfloat16 where a processor has it."""
-    from kernelgraft_core.quant.packed.cpu_vectors import BFLOAT, is_there
+    from kernelgraft_core.runtime.cpu_vectors import BFLOAT, is_there
 
     from .cpu_tile import BFLOAT_SET
 
@@ -237,7 +237,7 @@ def _set_for(dtype: torch.dtype) -> FloatSet:
 
 @functools.cache
 def float_set() -> FloatSet:
-    from kernelgraft_core.quant.packed.cpu_vectors import instruction_set
+    from kernelgraft_core.runtime.cpu_vectors import instruction_set
 
     from .cpu_tile import FLOAT_SETS
 

@@ -10,7 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from kernelgraft_core.quant.packed import cpu_vectors
+from kernelgraft_core.runtime import cpu_vectors
 from kernelgraft_core.runtime.native import cpu_kernel, pointer
 
 from . import cpu_tile

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kernelgraft_core.quant.packed.cpu_vectors import BFLOAT, BY_NAME, F32, I32, I64, Emit, InstructionSet, vector
+from kernelgraft_core.runtime.cpu_vectors import BFLOAT, BY_NAME, F32, I32, I64, Emit, InstructionSet, vector
 
 _UNROLLED = 4  # input channels; a row's address then is fetched once for all of them
 

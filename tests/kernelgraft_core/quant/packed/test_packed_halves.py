@@ -8,7 +8,8 @@ from kernelgraft_core.quant.weights import pack_weight
 
 pytest.importorskip("numba")
 
-from kernelgraft_core.quant.packed import cpu_halves, cpu_integer, cpu_vectors
+from kernelgraft_core.quant.packed import cpu_halves, cpu_integer
+from kernelgraft_core.runtime import cpu_vectors
 
 pytestmark = pytest.mark.skipif(
     cpu_halves.unsupported(cpu_vectors.instruction_set(), 128) is not None, reason="no AVX-512 here"

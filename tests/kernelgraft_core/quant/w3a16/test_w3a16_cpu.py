@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
-from kernelgraft_core.quant.packed import cpu, cpu_vectors
+from kernelgraft_core.quant.packed import cpu
 from kernelgraft_core.quant.w3a16 import W3A16Weight, dequantize_w3a16, w3a16_linear
 from kernelgraft_core.quant.w3a16.ops import w3a16_linear_dgrad
+from kernelgraft_core.runtime import cpu_vectors
 from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.testing import assert_close
 

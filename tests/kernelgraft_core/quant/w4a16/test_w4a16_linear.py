@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernelgraft_core.quant.packed import cpu, cpu_aten, cpu_vectors
+from kernelgraft_core.quant.packed import cpu, cpu_aten
 from kernelgraft_core.quant.w4a16 import W4A16Weight, dequantize_w4a16, reference, w4a16_linear
 from kernelgraft_core.quant.w4a16.ops import w4a16_linear_dgrad
+from kernelgraft_core.runtime import cpu_vectors
 from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.testing import assert_close
 
@@ -349,7 +350,7 @@ def test_every_instruction_set_computes_the_same(use_instructions, name, k, grou
 def test_torchs_capability_lowers_the_instruction_set(capability, names):
     if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("nothing to lower")
-    script = "from kernelgraft_core.quant.packed.cpu_vectors import instruction_set; print(instruction_set().name)"
+    script = "from kernelgraft_core.runtime.cpu_vectors import instruction_set; print(instruction_set().name)"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in names
