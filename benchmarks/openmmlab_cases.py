@@ -27,6 +27,7 @@ from .clouds import CLOUDS
 PEER = os.environ.get("KERNELGRAFT_MMCV_PEER", "../shared/prototypes/openmmlab/mmcv_ext.py")
 CONFIGS = {
     "kitti": "second/second_hv_secfpn_8xb6-80e_kitti-3d-3class.py",
+    "nuscenes": "centerpoint/centerpoint_voxel01_second_secfpn_8xb4-cyclic-20e_nus-3d.py",
     "semantickitti": "minkunet/minkunet34_w32_spconv_8xb2-laser-polar-mix-3x_semantickitti.py",
 }
 
@@ -147,12 +148,13 @@ def _prepare_second(shape: Shape) -> Prepared:
     return _passes("kitti", lambda found, seen: torch.cat([each.flatten() for each in seen[0][0] + seen[0][1]]))
 
 
-def _prepare_encoder(shape: Shape) -> Prepared:
-    """SECOND's sparse encoder alone, from voxel features to the picture seen from above."""
-    plain, ours = _models("kitti")
-    data = plain.data_preprocessor(_sample("kitti"), False)["inputs"]["voxels"]
+def _prepare_encoder(name: str, prefix: str, shape: Shape) -> Prepared:
+    """A sparse encoder alone, from voxel features to the picture seen from above."""
+    plain, ours = _models(name)
+    data = plain.data_preprocessor(_sample(name), False)["inputs"]["voxels"]
+    encode = getattr(plain, f"{prefix}voxel_encoder")
     with torch.no_grad():
-        features = plain.voxel_encoder(data["voxels"], data["num_points"], data["coors"])
+        features = encode(data["voxels"], data["num_points"], data["coors"])
 
     def run(encoder: Any) -> Tensor:
         with torch.no_grad():
@@ -160,7 +162,8 @@ def _prepare_encoder(shape: Shape) -> Prepared:
             out: Tensor = encoder(features.clone(), data["coors"].clone(), 1)
             return out
 
-    return _prepared(functools.partial(run, plain.middle_encoder), functools.partial(run, ours.middle_encoder))
+    encoders = (getattr(model, f"{prefix}middle_encoder") for model in (plain, ours))
+    return _prepared(*(functools.partial(run, encoder) for encoder in encoders))
 
 
 def _prepare_minkunet(shape: Shape) -> Prepared:
@@ -170,7 +173,8 @@ def _prepare_minkunet(shape: Shape) -> Prepared:
 
 for _name, _prepare in (
     ("mmdet3d_second", _prepare_second),
-    ("mmdet3d_second_encoder", _prepare_encoder),
+    ("mmdet3d_second_encoder", functools.partial(_prepare_encoder, "kitti", "")),
+    ("mmdet3d_centerpoint_encoder", functools.partial(_prepare_encoder, "nuscenes", "pts_")),
     ("mmdet3d_minkunet34", _prepare_minkunet),
 ):
     register(Case(_name, "mmcv", "cpu", "plain torch provider", ({},), _prepare))
