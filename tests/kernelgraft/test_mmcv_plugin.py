@@ -144,3 +144,16 @@ print("done")
 """,
     )
     assert done.stdout == "done\n", done.stderr
+
+
+@needs_mmcv
+def test_untested_versions_of_what_runs_on_mmcv_are_told(monkeypatch, caplog, fresh_manager):
+    from kernelgraft import hosts
+
+    real = hosts.installed_version
+    monkeypatch.setattr(hosts, "installed_version", lambda name: "1.9.0" if name == "mmdet3d" else real(name))
+    with caplog.at_level("WARNING", "kernelgraft"), kernelgraft.load_plugin("mmcv"):
+        pass
+    assert (
+        "mmdet3d 1.9.0 is outside the tested range, >=1.4,<1.5: repairs that do not fit it are left out" in caplog.text
+    )

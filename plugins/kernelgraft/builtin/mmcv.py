@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kernelgraft.hookspecs import Check, HostRequirement, PluginInfo, hookimpl
+from kernelgraft.hosts import inspect_host
 from kernelgraft.patches import PatchSet
 
+log = logging.getLogger("kernelgraft")
 MMCV = HostRequirement("mmcv", ("mmcv", "mmcv-lite"), ">=2.0,<2.2")
+ON_TOP = (
+    HostRequirement("mmengine", ("mmengine",), ">=0.10,<0.11"),
+    HostRequirement("mmdet", ("mmdet",), ">=3.3,<3.4"),
+    HostRequirement("mmdet3d", ("mmdet3d",), ">=1.4,<1.5"),
+    HostRequirement("mmseg", ("mmsegmentation",), ">=1.2,<1.3"),
+)
+"""What runs on mmcv, in the versions that the repairs were made for."""
 
 
 @hookimpl
@@ -25,6 +35,13 @@ def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
     unknown = sorted(options.keys() - {"host"})
     if unknown:
         raise ValueError(f"plugin 'mmcv' has no option {', '.join(map(repr, unknown))}; it takes host")
+    for host in ON_TOP:
+        found = inspect_host(host)
+        if found.version is not None and not found.ok:
+            log.warning(
+                "%s %s is %s, %s: repairs that do not fit it are left out, with an error in the log",
+                found.distribution, found.version, found.problem, found.specifier,
+            )  # fmt: skip
     from kernelgraft_openmmlab import provide_mmcv_ops
 
     provide_mmcv_ops(patches)
