@@ -96,10 +96,10 @@ def disable() -> bool:
         FileExistsError: the file is not ours.
     """
     now = status()
-    if now.state == "foreign":
-        raise FileExistsError(f"{now.path} was not made by kernelgraft, or was changed since: it is left alone")
-    if now.state != "enabled":
+    if not now.path.exists():
         return False
+    if not is_ours(now.path):
+        raise FileExistsError(f"{now.path} was not made by kernelgraft, or was changed since: it is left alone")
     now.path.unlink()
     cached = Path(importlib.util.cache_from_source(str(now.path)))
     cached.unlink(missing_ok=True)
@@ -109,11 +109,14 @@ def disable() -> bool:
 def is_ours(path: str | Path) -> bool:
     """Whether a file was made here and is unchanged."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            if file.read(len(_HEAD)) != _HEAD.encode():  # of a compiled module no more is read
+                return False
+            text = file.read().decode()
     except (OSError, UnicodeDecodeError):
         return False
     first, _, rest = text.partition("\n")
-    return first.startswith(_HEAD) and first[len(_HEAD) :] == _hash(rest)
+    return first == _hash(rest)
 
 
 def _text() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import logging
 import sys
 import threading
@@ -21,21 +20,19 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Then]] = {}
-        self._asking = threading.local()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        asking: set[str] = self._asking.__dict__.setdefault("names", set())
-        if name not in self.waiting or name in asking:
+        if name not in self.waiting:
             return None
-        asking.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            asking.discard(name)
-        if spec is None or spec.loader is None:
-            return None
-        spec.loader = _ThenLoader(spec.loader, self)
-        return spec
+        # Asked one by one: importlib.util.find_spec imports, which within a finder makes two threads wait forever.
+        for finder in tuple(sys.meta_path):
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _ThenLoader(spec.loader, self)
+                return spec
+        return None
 
 
 class _ThenLoader(importlib.abc.Loader):

@@ -96,7 +96,11 @@ def _compiled() -> ModuleType | None:
             continue
         if spec.origin is not None and is_ours(spec.origin):
             return None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except (ImportError, OSError) as error:  # built for another torch, most of the time
+            log.warning("the compiled mmcv at %s does not load (%s): all ops are kernelgraft's", spec.origin, error)
+            return None
         return module
     return None

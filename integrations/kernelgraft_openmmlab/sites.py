@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kernelgraft_core.runtime.derived import Derived
@@ -20,14 +21,17 @@ def sites_of(indices: Tensor, spatial_shape: Sequence[int], batch_size: int) -> 
     """
     shape, batch_size = tuple(max(1, int(size)) for size in spatial_shape), int(batch_size)
     known = _known.of((indices,), dict)
-    if (shape, batch_size) not in known:
-        known[shape, batch_size] = Coordinates(indices, shape, batch_size)
-    return known[shape, batch_size]
+    found = known.get((shape, batch_size))
+    # Writes through numpy, or to a tensor of inference mode, are not counted: a buffer may hold the next scan by now.
+    unseen = indices.device.type == "cpu" or indices.is_inference()
+    if found is None or (unseen and not torch.equal(found.indices, indices)):
+        found = known[shape, batch_size] = Coordinates(indices, shape, batch_size)
+    return found
 
 
 def indices_of(sites: Coordinates) -> Tensor:
     """Their rows, for a host to keep: a tensor that :func:`sites_of` knows."""
-    indices = sites.indices.detach()  # another object: the sites would keep their own tensor, and so themselves, alive
+    indices = sites.indices.clone()  # the host's to write to; the sites stay what they are
     _known.of((indices,), dict)[sites.spatial_shape, sites.batch_size] = sites
     return indices
 

@@ -6,8 +6,10 @@ classes are made for the one that is active.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -49,6 +51,7 @@ class SparseConvolutionMixin(nn.Module):
     subm: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
     inverse: ClassVar[bool] = False
+    like_mmcv: ClassVar[bool] = True  # or like spconv 2
     # What nn.Module writes into checkpoints. mmdet3d takes 2 for the layout of spconv 2, which these are not in.
     _version = 1
 
@@ -73,17 +76,27 @@ class SparseConvolutionMixin(nn.Module):
         ConvConfig.parse(dataflow)
         self.in_channels, self.out_channels, self.indice_key, self.groups = in_channels, out_channels, indice_key, 1
         stride, padding = (1, 0) if self.subm or self.inverse else (stride, padding)
-        self.geometry = ConvGeometry.of(self.ndim, kernel_size, stride, padding, dilation, self.subm)
+        self.geometry = self._geometry(kernel_size, stride, padding, dilation)
         self.kernel_size = list(self.geometry.kernel_size)
         extra = (output_padding,) * self.ndim if isinstance(output_padding, int) else tuple(output_padding)
         self.output_padding, self.dataflow = list(extra), dataflow
         self.stride, self.padding, self.dilation = (
             list(each) for each in (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
         )
-        self.conv1x1 = self.geometry.volume == 1
+        # Products at every site. mmcv takes every kernel of one tap for that, whatever its stride.
+        self.conv1x1 = self.geometry.volume == 1 and (self.geometry.submanifold or self.like_mmcv)
         self.weight = nn.Parameter(torch.empty(*self.kernel_size, in_channels, out_channels))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
+
+    def _geometry(self, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> ConvGeometry:
+        made = ConvGeometry.of(self.ndim, kernel_size, stride, padding, dilation, self.subm)
+        if not self.subm:
+            return made
+        # Centred at half of the kernel, which for even ones is the later tap; mmcv does so whatever the dilation.
+        apart = (1,) * self.ndim if self.like_mmcv else made.dilation
+        half = tuple(size // 2 * step for size, step in zip(made.kernel_size, apart, strict=True))
+        return dataclasses.replace(made, padding=half)
 
     def reset_parameters(self) -> None:
         begin_uniform(self, self.geometry.volume * self.in_channels)
@@ -94,7 +107,7 @@ class SparseConvolutionMixin(nn.Module):
         if features.shape[1] != self.in_channels:
             raise ValueError(f"the input has {features.shape[1]} channels, expected {self.in_channels}")
         weight = self.weight.reshape(-1, 1, self.in_channels, self.out_channels)
-        if self.conv1x1 and self.geometry.submanifold and not self.inverse:
+        if self.conv1x1 and not self.inverse:
             made = nn.functional.linear(features, weight[0, 0].T, self.bias)
             return _tensor(x, made, x.indices, x.spatial_shape)
         known = self._map(x)
@@ -131,7 +144,7 @@ class SparseConvolutionMixin(nn.Module):
             shape = tuple(a + b for a, b in zip(least, self.output_padding, strict=True))
         known = map_of(self.geometry, sites, self.transposed, shape)
         if self.indice_key is not None:
-            x.indice_dict[key] = known
+            x.indice_dict.setdefault(key, known)  # the first layer of a name is the one that an inverse layer undoes
         return known
 
     def _load_from_state_dict(
@@ -190,7 +203,13 @@ def layers_for(sparse_module: type) -> dict[str, type]:
     for kind, dimensions in NAMES.items():
         for n in dimensions:
             name = f"{kind}{n}d"
-            attributes = {"ndim": n, "__module__": __name__, "__doc__": SparseConvolutionMixin.__doc__, **_KINDS[kind]}
+            attributes = {
+                "ndim": n,
+                "like_mmcv": not sparse_module.__module__.startswith("spconv"),
+                "__module__": __name__,
+                "__doc__": SparseConvolutionMixin.__doc__,
+                **_KINDS[kind],
+            }
             base = _Inverse if kind == "SparseInverseConv" else SparseConvolutionMixin
             made[name] = type(name, (base, sparse_module), attributes)
     return made
@@ -217,7 +236,8 @@ def active_sparse_module() -> type:
     Raises:
         ModuleNotFoundError: mmcv has no ops; load the plugin ``mmcv`` first.
     """
-    if importlib.util.find_spec("mmdet3d") is not None:
+    # mmdet3d, which takes seconds to import, is asked only where it may say spconv.
+    if importlib.util.find_spec("mmdet3d") is not None and _has_spconv():
         from mmdet3d.models.layers.spconv import IS_SPCONV2_AVAILABLE
 
         if IS_SPCONV2_AVAILABLE:
@@ -227,6 +247,18 @@ def active_sparse_module() -> type:
     from mmcv.ops import SparseModule
 
     return SparseModule  # type: ignore[no-any-return]
+
+
+def _has_spconv() -> bool:
+    return "spconv" in sys.modules or importlib.util.find_spec("spconv") is not None
+
+
+def __getattr__(name: str) -> type:
+    """The layers by name, which pickles of models look up here."""
+    layers = {} if name.startswith("_") else layers_for(active_sparse_module())
+    if name not in layers:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return layers[name]
 
 
 def override_sparse_layers(patches: Patches) -> dict[str, type]:

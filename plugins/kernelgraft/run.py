@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import load_plugin
 from .errors import KernelgraftError
@@ -36,12 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen.module and not Path(chosen.program).is_file():
         parser.error(f"there is no script {chosen.program}")
     try:
-        for text in chosen.plugin or ["mmcv"]:
-            name, options = _parsed(text)
-            load_plugin(name, **options)
+        load(chosen.plugin or ["mmcv"])
     except (KernelgraftError, ValueError) as error:
         print(f"kernelgraft: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    _pass_on(chosen.plugin or ["mmcv"])
     sys.argv = [chosen.program, *chosen.args]
     if chosen.module:
         sys.path.insert(0, "")
@@ -49,6 +50,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         sys.path.insert(0, str(Path(chosen.program).resolve().parent))
         runpy.run_path(chosen.program, run_name="__main__")
+
+
+def load(plugins: list[str]) -> list[str]:
+    """Load plugins given as on the command line, and return them.
+
+    Raises:
+        KernelgraftError, ValueError: one cannot be loaded.
+    """
+    for text in plugins:
+        name, options = _parsed(text)
+        load_plugin(name, **options)
+    return plugins
+
+
+class _Loaded:
+    """Loads the plugins where it is unpickled."""
+
+    def __init__(self, plugins: list[str]) -> None:
+        self._plugins = plugins
+
+    def __reduce__(self) -> tuple[Callable[[list[str]], list[str]], tuple[list[str]]]:
+        return load, (self._plugins,)
+
+
+def _pass_on(plugins: list[str]) -> None:
+    """Have processes that are spawned load the plugins, too, before they import the program.
+
+    A spawned process unpickles a dict of preparations first and imports the main module then.
+    """
+    from multiprocessing import spawn
+
+    prepare = spawn.get_preparation_data
+
+    @functools.wraps(prepare)
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return prepare(name) | {"kernelgraft": _Loaded(plugins)}
+
+    spawn.get_preparation_data = get_preparation_data
 
 
 def _parsed(text: str) -> tuple[str, dict[str, str]]:
@@ -65,4 +104,6 @@ def _parsed(text: str) -> tuple[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    from kernelgraft.run import main as run  # not this module, whose name a spawned process cannot unpickle
+
+    run()

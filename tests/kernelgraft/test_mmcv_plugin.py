@@ -157,3 +157,44 @@ def test_untested_versions_of_what_runs_on_mmcv_are_told(monkeypatch, caplog, fr
     assert (
         "mmdet3d 1.9.0 is outside the tested range, >=1.4,<1.5: repairs that do not fit it are left out" in caplog.text
     )
+
+
+@needs_mmcv
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_the_program_starts_have_the_plugin_too(tmp_path, method):
+    path = tmp_path / "program.py"
+    path.write_text(
+        f"""
+import multiprocessing, sys
+import mmcv.ops  # fails without the plugin, in this process and in the others, which import this file again
+def provided(_):
+    return "kernelgraft" in sys.modules["mmcv._ext"].nms.__module__
+if __name__ == "__main__":
+    with multiprocessing.get_context({method!r}).Pool(1) as pool:
+        print(pool.map(provided, [0]))
+"""
+    )
+    done = run("-m", "kernelgraft.run", path)
+    assert done.stdout == "[True]\n", done.stderr
+
+
+@needs_mmcv
+def test_a_door_opens_again_after_its_plugin_was_taken_off():
+    done = run(
+        "-c",
+        """
+import importlib, kernelgraft
+from mmengine.registry import MODELS
+for _ in range(2):
+    importlib.import_module("kernelgraft.openmmlab")
+    assert MODELS.get("SubMConv3d").__module__ == "kernelgraft_openmmlab.sparse_layers"
+    kernelgraft.unload_plugin("sparse-conv")
+    assert MODELS.get("SubMConv3d").__module__ == "mmcv.ops.sparse_conv"
+for _ in range(2):
+    importlib.import_module("kernelgraft.mmcv")
+    assert [p.loaded for p in kernelgraft.plugins() if p.name == "mmcv"] == [("mmcv",)]
+    kernelgraft.unload_plugin("mmcv")
+print("done")
+""",
+    )
+    assert done.stdout == "done\n", done.stderr

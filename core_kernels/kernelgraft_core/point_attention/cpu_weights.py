@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernelgraft_core.runtime.derived import Derived
+from kernelgraft_core.runtime.derived import DerivedOfValues
 
 if TYPE_CHECKING:
     from .cpu_tile import TileSet
@@ -35,7 +35,7 @@ class Panels:
     columns: int
 
 
-_panels: Derived[dict[tuple[int, int, int, bool], Panels]] = Derived()
+_panels: DerivedOfValues[dict[tuple[int, int, int, bool], Panels]] = DerivedOfValues()
 
 
 def panels_of(weight: Tensor, bias: Tensor | None, known: TileSet, first: int = 0, last: int | None = None) -> Panels:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -43,6 +45,34 @@ class Derived(Generic[T]):
         return len(self._known)
 
 
+@dataclass
+class _Kept(Generic[T]):
+    values: list[Tensor | None]
+    made: T
+
+
+class DerivedOfValues(Generic[T]):
+    """As :class:`Derived`, for parameters on a CPU: their values are compared with those of before, too.
+
+    Parameters are written to behind autograd's back, by ``.data``, which averages of weights and ``Module.to`` use, and
+    which changes no version.
+    """
+
+    def __init__(self) -> None:
+        self._table: Derived[_Kept[T]] = Derived()
+
+    def of(self, tensors: Sequence[Tensor | None], make: Callable[[], T]) -> T:
+        """What was made of ``tensors``, the first of which is there."""
+        kept = self._table.of(tensors, lambda: _Kept(list(map(_copy, tensors)), make()))
+        if not all(map(_has_values, kept.values, tensors)):
+            kept.values, kept.made = list(map(_copy, tensors)), make()
+        return kept.made
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
 # A tensor, by a reference and not by its number alone, which another one gets when it is gone; and its version.
 _Stamp = tuple[weakref.ref[Tensor], int] | None
 
@@ -55,6 +85,12 @@ def _is_same(stamp: _Stamp, tensor: Tensor | None) -> bool:
     if stamp is None or tensor is None:
         return stamp is None and tensor is None
     return stamp[0]() is tensor and stamp[1] == _version(tensor)
+
+
+def _has_values(kept: Tensor | None, tensor: Tensor | None) -> bool:
+    if kept is None or tensor is None:
+        return kept is None and tensor is None
+    return kept.dtype == tensor.dtype and kept.device == tensor.device and torch.equal(kept, tensor)
 
 
 def _version(tensor: Tensor) -> int:

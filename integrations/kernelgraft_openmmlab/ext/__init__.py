@@ -48,15 +48,15 @@ def extension(compiled: ModuleType | None = None) -> ModuleType:
             that it has for GPUs alone.
     """
     module = ModuleType("mmcv._ext", "mmcv's compiled ops, by kernelgraft.")
-    ours = provided()
+    ours, for_gpus = provided(), compiled is not None and _has_gpu_ops(compiled)
     for name in NAMES:
         theirs = getattr(compiled, name, None)
         if theirs is None:
             function = ours.get(name) or _missing(name)
-        elif name in ours and name not in COMPILED_ON_CPU:
-            function = _by_device(name, ours[name], theirs)
-        else:
+        elif name not in ours or (for_gpus and name in COMPILED_ON_CPU):
             function = theirs
+        else:
+            function = _by_device(ours[name], theirs, on_cpu=name in COMPILED_ON_CPU, elsewhere=for_gpus)
         setattr(module, name, function)
     module.kernelgraft_ops = tuple(name for name in NAMES if name in ours)  # type: ignore[attr-defined]
     return module
@@ -83,11 +83,21 @@ def _missing(name: str) -> Callable[..., Any]:
     return missing
 
 
-def _by_device(name: str, ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _has_gpu_ops(compiled: ModuleType) -> bool:
+    """Whether it was built for GPUs: mmcv builds for a CPU where it finds no CUDA."""
+    version = getattr(compiled, "get_compiling_cuda_version", None)
+    return version is None or version() != "not available"
+
+
+def _by_device(
+    ours: Callable[..., Any], theirs: Callable[..., Any], *, on_cpu: bool, elsewhere: bool
+) -> Callable[..., Any]:
+    """``theirs`` for tensors on a CPU, or elsewhere, as the flags say; ``ours`` otherwise."""
+
     @functools.wraps(ours)
     def choose(*args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        on_cpu = bool(tensors) and tensors[0].device.type == "cpu"
-        return (ours if on_cpu else theirs)(*args, **kwargs)
+        tensor = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
+        can = on_cpu if tensor is None or tensor.device.type == "cpu" else elsewhere
+        return (theirs if can else ours)(*args, **kwargs)
 
     return choose

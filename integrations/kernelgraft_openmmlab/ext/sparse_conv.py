@@ -32,7 +32,6 @@ __all__ = (
 
 # By the pairs: the table int32 (N_out, K) of input rows, and whether it is symmetric.
 _tables: Derived[tuple[Tensor, bool]] = Derived()
-_weights: Derived[dict[int, Tensor]] = Derived()
 
 
 def _get_indice_pairs(
@@ -130,17 +129,14 @@ def indice_conv_backward(
 
 
 def _weight(filters: Tensor, taps: int) -> Tensor:
-    """One object for as long as the filters stay as they are, so that what is packed of it is found again.
+    """The filters of the first ``taps`` taps, ``(taps, 1, C_in, C_out)``.
 
     Layers of one ``indice_key`` share pairs in mmcv even where their kernels differ, as in Cylinder3D: a layer of 27
     taps that finds pairs of 9 uses its first 9. Published weights were trained so.
     """
     if taps > filters.shape[:-2].numel():
         raise ValueError(f"filters {tuple(filters.shape)} have fewer taps than the {taps} of the pairs they are given")
-    known = _weights.of((filters,), dict)
-    if taps not in known:
-        known[taps] = filters.data.reshape(-1, 1, *filters.shape[-2:])[:taps]
-    return known[taps]
+    return filters.reshape(-1, 1, *filters.shape[-2:])[:taps]
 
 
 def indice_maxpool_forward(features: Tensor, pairs: Tensor, counts: Tensor, outputs: int) -> Tensor:

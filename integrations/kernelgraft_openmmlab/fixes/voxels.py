@@ -38,11 +38,15 @@ def _repair(patches: Patches, module: ModuleType) -> None:
 
 
 def _fill_empty(points: list[Tensor], limits: Any) -> None:
-    """Give a sample without points in range one, at the corner of the range, with zeros for features.
+    """Leave out points that are not finite; give a sample without points in range one at the range's corner.
 
     In the list itself, so that two-stage detectors, which look at the points again, see the same.
     """
     for sample, cloud in enumerate(points):
+        finite = cloud.isfinite().all(1)  # of all columns: one intensity that is NaN spreads over the whole scan
+        if not bool(finite.all()):
+            warn_once("a scan has points that are not finite, in their place or in their features: they are left out")
+            points[sample] = cloud = cloud[finite]
         low, high = cloud.new_tensor(limits).view(2, 3)
         if bool(((cloud[:, :3] >= low) & (cloud[:, :3] < high)).all(1).any()):
             continue
@@ -59,11 +63,11 @@ def _refuse_unusable(points: list[Tensor]) -> None:
     for sample, cloud in enumerate(points):
         if not len(cloud):
             raise ValueError(f"sample {sample} of the batch has no points: there is nothing to give a class to")
-        finite = cloud[:, :3].isfinite().all(1)
+        finite = cloud.isfinite().all(1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise ValueError(
-                f"point {row} of sample {sample} is {cloud[row, :3].tolist()}: drop what is not finite, every point "
+                f"point {row} of sample {sample} is {cloud[row].tolist()}: drop what is not finite, every point "
                 "is to be given a class"
             )
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kernelgraft.builtin import close_door
 from kernelgraft.hookspecs import Check, HostRequirement, PluginInfo, hookimpl
 from kernelgraft.hosts import inspect_host
 from kernelgraft.patches import PatchSet
@@ -45,6 +46,8 @@ def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> None:
     from kernelgraft_openmmlab import provide_mmcv_ops
 
     provide_mmcv_ops(patches)
+    # The next import of the door is to open it again.
+    patches.on_undo("door kernelgraft.mmcv", close_door("kernelgraft.mmcv"))
 
 
 @hookimpl

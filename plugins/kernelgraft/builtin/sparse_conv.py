@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kernelgraft.builtin import close_door
 from kernelgraft.hookspecs import Check, HostRequirement, PluginInfo, hookimpl
 from kernelgraft.patches import PatchSet
 
@@ -37,6 +38,8 @@ def kernelgraft_apply(patches: PatchSet, options: Mapping[str, Any]) -> object:
         from kernelgraft_openmmlab.sparse_layers import override_sparse_layers
 
         override_sparse_layers(patches)
+        # The next config that imports the door is to open it again.
+        patches.on_undo("door kernelgraft.openmmlab", close_door("kernelgraft.openmmlab"))
     if (facade := options.get("facade")) is not None:
         from kernelgraft_core.sparse.compat.modules import facade_modules
 

@@ -23,6 +23,11 @@ DETECTORS = {
         CONFIGS / "centerpoint/centerpoint_voxel01_second_secfpn_8xb4-cyclic-20e_nus-3d.py",
         "nuscenes",
     ),
+    "centerpoint-dcn": (
+        CONFIGS / "centerpoint/centerpoint_voxel01_second_secfpn_head-dcn_8xb4-cyclic-20e_nus-3d.py",
+        "nuscenes",
+    ),
+    "part-a2": (CONFIGS / "parta2/parta2_hv_secfpn_8xb2-cyclic-80e_kitti-3d-3class.py", "kitti"),
     "pv-rcnn": (CONFIGS / "pv_rcnn/pv_rcnn_8xb2-80e_kitti-3d-3class.py", "kitti"),
     "flatformer-kitti": (EXAMPLES / "flatformer_kitti.py", "kitti"),
     "flatformer-nuscenes": (EXAMPLES / "flatformer_centerpoint_nuscenes.py", "nuscenes"),
@@ -43,7 +48,7 @@ NEEDS_TORCHSPARSE = {
     ),
     "spvcnn": (CONFIGS / "spvcnn/spvcnn_w32_8xb2-amp-15e_semantickitti.py", "semantickitti"),
 }
-HEADS = ("bbox_head", "pts_bbox_head", "rpn_head", "points_encoder")
+HEADS = ("bbox_head", "pts_bbox_head", "rpn_head", "points_encoder", "roi_head.bbox_head")
 
 
 def build(config):
@@ -64,9 +69,9 @@ def infer(model, *clouds):
     """The results of a batch, and what the heads gave: one list of tensors with the batch first."""
     seen = []
     hooks = [
-        getattr(model, name).register_forward_hook(lambda *arguments: seen.extend(_tensors(arguments[2])))
-        for name in HEADS
-        if hasattr(model, name)
+        module.register_forward_hook(lambda *arguments: seen.extend(_tensors(arguments[2])))
+        for name, module in model.named_modules()
+        if name in HEADS
     ]
     try:
         if hasattr(model, "decode_head"):  # these take files alone

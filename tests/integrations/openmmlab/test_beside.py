@@ -88,6 +88,14 @@ def test_a_compiled_mmcv_is_left_alone(site):
     assert not (site / "mmcv" / "_ext.py").exists()
 
 
+def test_our_file_goes_also_after_a_compiled_mmcv_came(site):
+    beside.enable()
+    (site / "mmcv" / "_ext.so").write_bytes(b"")
+    assert beside.status().state == "compiled"
+    assert beside.disable()
+    assert not (site / "mmcv" / "_ext.py").exists()
+
+
 def test_a_write_that_fails_leaves_nothing(site, monkeypatch):
     monkeypatch.setattr(beside.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
     with pytest.raises(PermissionError):

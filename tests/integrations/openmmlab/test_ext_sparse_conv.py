@@ -221,3 +221,35 @@ def test_a_kernel_that_does_not_fit_has_no_outputs_as_in_mmcv():
             layers.SparseInverseConv3d(6, 4, 2, indice_key="a", bias=False),
         )
         assert torch.equal(net(SparseConvTensor(features, indices, [1, 1, 1], 1)).features, torch.zeros(1, 4))
+
+
+def test_weights_that_are_exchanged_behind_autograds_back_are_seen():
+    """By ``.data``, as averages of weights, ``vector_to_parameters`` and ``Module.half`` do it."""
+    features, indices = scattered()
+    layer = mmcv.ops.SubMConv3d(5, 4, 3, bias=False)
+
+    def run(dtype=torch.float32):
+        return layer(SparseConvTensor(features.to(dtype), indices, list(SHAPE), 2)).features
+
+    with torch.no_grad():
+        before = run()
+        layer.weight.data = layer.weight.data * 2
+        torch.testing.assert_close(run(), 2 * before)
+        layer.weight.data.mul_(2)
+        torch.testing.assert_close(run(), 4 * before)
+        layer.half()
+        torch.testing.assert_close(run(torch.float16).float(), 4 * before, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_buffer_of_indices_that_holds_the_next_scan_is_seen(inference):
+    layer = mmcv.ops.SubMConv3d(5, 4, 3, bias=False)
+    (first, a), (second, b) = scattered(seed=0), scattered(seed=1)
+    buffer = a.numpy().copy()
+    with torch.inference_mode(inference):
+        indices = torch.from_numpy(buffer)
+        layer(SparseConvTensor(first, indices, list(SHAPE), 2))
+        buffer[:] = b.numpy()
+        out = layer(SparseConvTensor(second, indices, list(SHAPE), 2))
+        expected = layer(SparseConvTensor(second, b, list(SHAPE), 2))
+    assert torch.equal(out.features, expected.features)

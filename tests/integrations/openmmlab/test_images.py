@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-import kernelgraft
-
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
-kernelgraft.load_plugin("mmcv")  # whose ops both need when they are imported
+import mmdet
+import mmseg
+from mmdet.apis import inference_detector, init_detector
+from mmengine.config import Config
+from mmseg.apis import inference_model, init_model
 
-import mmdet  # noqa: E402
-import mmseg  # noqa: E402
-from mmdet.apis import inference_detector, init_detector  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmseg.apis import inference_model, init_model  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("mmcv_plugin")
 PICTURE = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
 
 

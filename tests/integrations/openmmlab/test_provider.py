@@ -1,6 +1,8 @@
 """``mmcv._ext`` without a compiler: what is there, what says that it is not, and what a compiled mmcv changes."""
 
 import ast
+import importlib.machinery
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,20 @@ def test_a_compiled_mmcv_wins_for_what_it_has_and_is_filled_in_on_a_cpu():
     meta = features.to("meta")
     assert module.indice_conv_forward(meta, filters, pairs, counts, 1, 0, 0) == "compiled"
     assert module.ball_query_forward is ext.provided()["ball_query_forward"]
+
+
+def test_a_compiled_mmcv_without_gpu_ops_is_filled_in_on_a_gpu():
+    names = ("nms", "indice_conv_forward", "pixel_group")
+    compiled = compiled_module(
+        get_compiling_cuda_version=lambda: "not available", **{name: lambda *_: "compiled" for name in names}
+    )
+    module = ext.extension(compiled)
+    meta = torch.empty(0, device="meta")  # stands for a GPU: what is not on a CPU
+    cpu = torch.empty(0, 4)
+    assert module.nms(cpu, cpu[:, 0], 0.5, 0) == "compiled"
+    assert module.pixel_group(meta) == "compiled"  # we have nothing better
+    with pytest.raises((ValueError, NotImplementedError)):  # ours, which refuses the shape
+        module.nms(meta, meta, 0.5, 0)
 
 
 def test_installing_twice_changes_nothing():
@@ -154,3 +170,37 @@ print("done")
 def test_without_kernelgraft_mmcv_lite_has_no_ops():
     done = run("import mmcv.ops")
     assert "No module named 'mmcv._ext'" in done.stderr
+
+
+def test_a_compiled_mmcv_that_does_not_load_is_told_and_replaced(tmp_path):
+    shutil.copytree(Path(mmcv.__file__).parent, tmp_path / "mmcv", ignore=shutil.ignore_patterns("__pycache__"))
+    broken = tmp_path / "mmcv" / f"_ext{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    broken.write_bytes(b"built for another torch")
+    done = run(
+        f"""
+import sys, logging
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
+sys.path.insert(0, {str(tmp_path)!r})
+import kernelgraft.mmcv
+import mmcv.ops
+print(sys.modules["mmcv._ext"].nms.__module__)
+"""
+    )
+    assert f"the compiled mmcv at {broken} does not load" in done.stdout, done.stderr
+    assert done.stdout.endswith("kernelgraft_openmmlab.ext.nms\n")
+
+
+def test_threads_may_import_at_once():
+    """A finder that imports makes two threads wait for each other."""
+    done = run("""
+import importlib, threading
+import kernelgraft.mmcv, mmcv
+names = ("mmcv.ops.knn", "mmcv.ops.points_in_boxes", "mmcv.ops.sparse_structure")
+threads = [threading.Thread(target=importlib.import_module, args=(name,), daemon=True) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(60)
+print([thread.is_alive() for thread in threads])
+""")
+    assert done.stdout == "[False, False, False]\n", done.stderr

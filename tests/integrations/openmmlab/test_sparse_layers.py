@@ -1,8 +1,10 @@
 """Our layers under mmcv's names: for its tensors and spconv's, from checkpoints of either, and taken off again."""
 
 import logging
+import pickle
 import subprocess
 import sys
+import types
 from collections import OrderedDict
 
 import mmcv.ops
@@ -20,6 +22,9 @@ OURS = layers_for(mmcv.ops.SparseModule)
 CASES = [
     ("SubMConv3d", {"kernel_size": 3}),
     ("SubMConv3d", {"kernel_size": 1}),
+    ("SubMConv3d", {"kernel_size": 2}),
+    ("SubMConv3d", {"kernel_size": 3, "dilation": 2}),
+    ("SparseConv3d", {"kernel_size": 1, "stride": 2}),
     ("SubMConv2d", {"kernel_size": 3}),
     ("SparseConv3d", {"kernel_size": 3, "stride": 2, "padding": 1}),
     ("SparseConv3d", {"kernel_size": (3, 1, 1), "stride": (2, 1, 1)}),
@@ -176,3 +181,23 @@ print("done")
         timeout=300,
     )
     assert done.stdout == "done\n", done.stderr
+
+
+def test_an_inverse_layer_undoes_the_first_layer_of_its_key_as_in_mmcv():
+    outs = []
+    for layers in (mmcv.ops, types.SimpleNamespace(**OURS)):
+        torch.manual_seed(0)
+        net = mmcv.ops.SparseSequential(
+            layers.SparseConv3d(5, 5, 3, stride=2, padding=1, indice_key="a", bias=False),
+            layers.SubMConv3d(5, 5, 3, indice_key="b", bias=False),
+            layers.SparseInverseConv3d(5, 4, 3, indice_key="a", bias=False),
+        )
+        outs.append(net(tensor()))
+    assert torch.equal(outs[0].indices, outs[1].indices)
+
+
+def test_layers_can_be_pickled():
+    layer = OURS["SubMConv3d"](5, 4, 3)
+    copied = pickle.loads(pickle.dumps(layer))
+    assert type(copied) is type(layer)
+    assert torch.equal(copied(tensor()).features, layer(tensor()).features)

@@ -11,16 +11,15 @@ import torch
 import kernelgraft
 
 pytest.importorskip("mmdet3d")
-kernelgraft.load_plugin("mmcv")  # whose repairs mmdet3d needs when it is imported
+from mmdet3d.apis import inference_detector, init_model
+from mmdet3d.structures import LiDARInstance3DBoxes
+from mmengine.config import Config
+from mmengine.runner import Runner
 
-from mmdet3d.apis import inference_detector, init_model  # noqa: E402
-from mmdet3d.structures import LiDARInstance3DBoxes  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+from .detectors import EXAMPLES
+from .scans import DATA
 
-from .detectors import EXAMPLES  # noqa: E402
-from .scans import DATA  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("mmcv_plugin")
 needs_scans = pytest.mark.skipif(
     not (DATA / "lidar/kitti/000008.pkl").is_file(), reason=f"no scans in {DATA}: set KERNELGRAFT_TEST_DATA"
 )
@@ -33,7 +32,6 @@ def alone(monkeypatch):
     yield
     torch.set_flush_denormal(False)
     kernelgraft.unload_plugin("sparse-conv")
-    sys.modules.pop("kernelgraft.openmmlab", None)  # a config that names it loads the plugin again
 
 
 def train(config, tmp_path, steps=None):

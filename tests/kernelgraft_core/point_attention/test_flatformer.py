@@ -1,5 +1,6 @@
 """FlatFormer: the original's parameters and arithmetic, samples and rows on their own, and what training asks."""
 
+import copy
 import itertools
 import math
 
@@ -235,3 +236,18 @@ def test_positions_are_sines_and_cosines():
 def test_what_is_wrong_is_named(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+def test_weights_that_an_average_puts_in_place_are_used():
+    """By ``.data.copy_``, as mmengine's EMAHook does it: no version of a tensor tells."""
+    net = FlatFormer(16, 2, 1, (20, 20, 1), group_size=8).eval()
+    coords = torch.tensor([[0, 0, i // 20, i % 20] for i in range(50)], dtype=torch.int32)
+    feats = torch.randn(50, 16)
+    with torch.no_grad():
+        before = net(feats, coords, 1)
+        for parameter in net.parameters():
+            parameter.data.copy_(parameter.data * 1.5 + 0.01)
+        after = net(feats, coords, 1)
+        expected = copy.deepcopy(net)(feats, coords, 1)
+    assert torch.equal(after, expected)
+    assert not torch.allclose(before, after)

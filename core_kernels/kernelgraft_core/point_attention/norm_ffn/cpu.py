@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from kernelgraft_core.point_attention.cpu_weights import panels_of, set_for, unsupported
-from kernelgraft_core.runtime.derived import Derived
+from kernelgraft_core.runtime.derived import DerivedOfValues
 from kernelgraft_core.runtime.scratch import SCRATCH, lines
 from kernelgraft_core.runtime.threads import available_threads, parallel_for
 
 TILE_ROWS = 96  # a multiple of the rows of every block
 
-_norms: Derived[Tensor] = Derived()
+_norms: DerivedOfValues[Tensor] = DerivedOfValues()
 
 
 def norm_ffn(

@@ -49,8 +49,9 @@ def points_in_ball(
 
 
 def _clouds(starts: Tensor, centers: int) -> Tensor:
-    """The cloud of each center."""
-    return torch.searchsorted(starts, torch.arange(centers, device=starts.device), right=True) - 1
+    """The cloud of each center; the last one's where counts do not add up, for nothing must be read beyond."""
+    found = torch.searchsorted(starts, torch.arange(centers, device=starts.device), right=True) - 1
+    return found.clamp_(max=len(starts) - 2)
 
 
 @triton.jit
