@@ -10,7 +10,7 @@ from typing import Any
 
 from .steps import Steps
 
-NAMES = ("awq", "qoq")
+NAMES = ("awq", "qoq", "mmcv")
 """Plugins that have a section, in the report's order. Each is a module of this package that holds ``SECTION``."""
 
 
