@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,11 +79,23 @@ def files(tmp_path_factory):
     }
 
 
+ONLY = ("--only", "awq", "--only", "qoq")  # what the tiny model is for; the others have tests of their own
+
+
 @pytest.fixture(scope="module")
 def finished(files):
     """One run of the whole command on the tiny model; what it printed, and what it wrote."""
     options = [item for name in ("model", "text", "calib", "out") for item in (f"--{name}", str(files[name]))]
-    command = [sys.executable, "-c", "from kernelgraft.cli import main; main()", "demo", "--fast", "--keep", *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from kernelgraft.cli import main; main()",
+        "demo",
+        "--fast",
+        "--keep",
+        *options,
+        *ONLY,
+    ]
     done = subprocess.run(
         [*command, "--engine", "transformers"],
         env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
@@ -166,7 +179,7 @@ def test_the_page_needs_nothing_but_itself(finished):
 def test_the_command_in_the_report_is_the_one_that_was_run(finished):
     expected = f"kernelgraft demo --text {finished['text']} --calib {finished['calib']} --model {finished['model']}"
     command = finished["json"]["command"]
-    assert command == f"{expected} --engine transformers --out {finished['out']} --keep --fast"
+    assert command == f"{expected} {' '.join(ONLY)} --engine transformers --out {finished['out']} --keep --fast"
     assert command in finished["html"]
 
 
@@ -396,3 +409,19 @@ def test_smollm2_survives_it_and_knows_the_capital_of_france(tmp_path):
     assert data["record"]["group_size"] == 64
     assert data["serving"]["awq"]["weight_bytes"] < 0.45 * data["serving"]["original"]["weight_bytes"]
     assert Path(tmp_path, "report.html").stat().st_size > 50_000
+
+
+def test_a_demo_of_everything_leaves_out_sections_whose_hosts_are_missing(tmp_path, monkeypatch):
+    from kernelgraft.demo import runner, sections
+
+    def run(context):
+        raise AssertionError("it was not to run")
+
+    absent = sections.Section("absent", "What is not there", run, needs=("no_such_host", "json"))
+    monkeypatch.setattr(runner, "NAMES", ("absent",))
+    monkeypatch.setattr(runner, "find_section", lambda name: absent)
+    printed = []
+    console = types.SimpleNamespace(print=printed.append)
+    done = runner.run_demo(runner.Request(tmp_path, sections.FAST), console)
+    assert done.outcomes == ()
+    assert printed == ["What is not there: left out, no_such_host is not installed"]

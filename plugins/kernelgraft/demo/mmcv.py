@@ -78,7 +78,7 @@ def run(context: Context) -> SectionResult:
     return summarize(context, scan, files[4], stock, versions, measured, tuple(failures))
 
 
-SECTION = Section("mmcv", "mmcv: OpenMMLab's detectors without compiled ops", run)
+SECTION = Section("mmcv", "mmcv: OpenMMLab's detectors without compiled ops", run, needs=("mmcv", "mmdet3d"))
 
 
 class Worker:

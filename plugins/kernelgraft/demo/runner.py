@@ -81,6 +81,9 @@ def run_demo(request: Request, console: Any) -> Run:
     started = time.perf_counter()
     outcomes = []
     for section in sections:
+        if section.missing and not request.only:
+            console.print(f"{section.title}: left out, {' and '.join(section.missing)} is not installed")
+            continue
         steps = Steps(console)
         console.print(f"[bold]{section.title}[/]")
         with _work_folder(request, section) as work:

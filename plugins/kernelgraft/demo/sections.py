@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,11 +117,20 @@ class SectionResult:
 
 @dataclass(frozen=True)
 class Section:
-    """A plugin's part of the demo. ``run`` raises what its libraries raise; the other sections go on."""
+    """A plugin's part of the demo. ``run`` raises what its libraries raise; the other sections go on.
+
+    ``needs``: modules without which a demo of everything leaves the section out.
+    """
 
     name: str
     title: str
     run: Callable[[Context], SectionResult]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Those that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def find_section(name: str) -> Section:
