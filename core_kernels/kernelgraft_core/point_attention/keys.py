@@ -10,6 +10,7 @@ be, ``key.span(grid_shape)``, so that the number of the sample and the key fit o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ from kernelgraft_core.sparse.grids import LARGEST_KEY
 
 GridShape = Sequence[int]
 AXES = ("x", "y")
+LARGEST_TABLE = 1 << 20  # cells of a plane whose keys are kept, in 8 MiB
 
 
 class Key(Protocol):
@@ -55,6 +57,14 @@ class WindowKey:
             raise ValueError(f"axis is {self.axis!r}, expected one of {AXES}")
 
     def __call__(self, coords: Tensor, grid_shape: GridShape) -> Tensor:
+        size_x, size_y, size_z = grid_shape
+        if size_z == 1 and size_x * size_y <= LARGEST_TABLE and not torch.compiler.is_compiling():
+            # Looked up: divisions by the sizes of windows take longer than all the rest of an order.
+            _, _, y, x = coords.long().unbind(1)
+            return _table(self, size_x, size_y, coords.device).take(y * size_x + x)
+        return self._number(coords, grid_shape)
+
+    def _number(self, coords: Tensor, grid_shape: GridShape) -> Tensor:
         z, y, x = coords[:, 1:].long().unbind(1)
         (wide, high, deep), (columns, rows, _) = self.window_shape, self._windows(grid_shape)
         if self.shifted:
@@ -82,6 +92,14 @@ class WindowKey:
             -(-(size + shift) // step) for size, shift, step in zip(grid_shape, shifts, self.window_shape, strict=True)
         ]
         return counts[0], counts[1], counts[2]
+
+
+@functools.lru_cache(maxsize=32)
+def _table(key: WindowKey, size_x: int, size_y: int, device: torch.device) -> Tensor:
+    """The key of every cell of a plane, row by row."""
+    y, x = torch.meshgrid(torch.arange(size_y, device=device), torch.arange(size_x, device=device), indexing="ij")
+    cells = torch.stack((torch.zeros_like(x), torch.zeros_like(x), y, x), 2).flatten(0, 1)
+    return key._number(cells, (size_x, size_y, 1))
 
 
 @dataclass(frozen=True)

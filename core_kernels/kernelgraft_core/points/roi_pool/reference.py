@@ -8,18 +8,19 @@ from torch import Tensor
 from kernelgraft_core.points.sums import sum_numbers, sum_rows
 from kernelgraft_core.sparse.grids import starts_of
 
+LARGEST_TABLE = 1 << 23  # points times boxes that are compared at once, at some 30 bytes each
+
 
 def roi_aware_pool(
     rois: Tensor, points: Tensor, feats: Tensor, pooled: Tensor, source: Tensor, members: Tensor, mode: str
 ) -> None:
     _, *out_size, max_points = members.shape
     (count, channels), cells = (len(rois), feats.shape[1]), out_size[0] * out_size[1] * out_size[2]
-    inside, local = _inside(points, rois)
-    roi, point = inside.nonzero().unbind(1)  # points ascend in every box
+    roi, point, *local = _members(points, rois)
     cell = torch.zeros_like(roi)
     for axis, size in enumerate(out_size):
         extent = rois[roi, 3 + axis]
-        offset = local[axis][roi, point] + extent / 2 if axis < 2 else points[point, 2] - rois[roi, 2]
+        offset = local[axis] + extent / 2 if axis < 2 else points[point, 2] - rois[roi, 2]
         place = (offset / (extent / size)).nan_to_num(0).clamp(0, size - 1).long()
         cell = cell * size + place
     voxel, order = (roi * cells + cell).sort(stable=True)
@@ -67,13 +68,24 @@ def points_in_rois(points: Tensor, rois: Tensor, samples: int) -> Tensor:
     found = torch.full((clouds, boxes, samples), -1, dtype=torch.int32, device=points.device)
     slots = torch.arange(samples, device=points.device)
     for cloud in range(clouds):
-        inside, _ = _inside(points[cloud], rois[cloud])
-        number, count = torch.arange(points.shape[1], device=points.device), inside.sum(1, keepdim=True)
-        ordered = torch.where(inside, number, points.shape[1]).sort(1).values
-        if ordered.shape[1]:
-            rows = ordered.gather(1, slots % count.clamp(1, samples))
-            found[cloud] = torch.where(count > 0, rows, -1).int()
+        roi, point, _, _ = _members(points[cloud], rois[cloud])
+        if len(point):
+            starts = starts_of(torch.bincount(roi, minlength=boxes))
+            count = starts.diff().unsqueeze(1)
+            place = starts[:-1].unsqueeze(1) + slots % count.clamp(1, samples)
+            found[cloud] = torch.where(count > 0, point[place.clamp(max=len(point) - 1)], -1).int()
     return found
+
+
+def _members(points: Tensor, rois: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Box and point of every point in a box, points ascending in each, and x and y as the box sees them."""
+    parts, step = [], max(1, LARGEST_TABLE // max(1, len(points)))
+    for begin in range(0, max(1, len(rois)), step):
+        inside, (x, y) = _inside(points, rois[begin : begin + step])
+        roi, point = inside.nonzero().unbind(1)
+        parts.append((roi + begin, point, x[roi, point], y[roi, point]))
+    roi, point, x, y = (torch.cat(each) for each in zip(*parts, strict=True))
+    return roi, point, x, y
 
 
 def _inside(points: Tensor, rois: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
