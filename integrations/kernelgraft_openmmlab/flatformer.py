@@ -58,6 +58,8 @@ class FlatFormer(Blocks, BaseModule):
                 f"order is {order!r} and output {output!r}, expected one of {', '.join(ORDERS)} and one of "
                 f"{', '.join(OUTPUTS)}"
             )
+        if output == "bev" and grid_shape[2] != 1:
+            raise ValueError(f"grid_shape is {tuple(grid_shape)}: a picture has one place for all z; set output='rows'")
         key = ORDERS[order]
         keys: list[Key] | None = None if key is None else [key()] * 4
         super().__init__(in_channels, num_heads, num_blocks, grid_shape, window_shape, group_size, hidden, parity, keys)

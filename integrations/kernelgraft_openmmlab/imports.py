@@ -68,7 +68,9 @@ def when_imported(name: str, then: Then) -> Callable[[], None]:
         if not _watcher.waiting:
             sys.meta_path.insert(0, _watcher)
         _watcher.waiting.setdefault(name, []).append(then)
-    if module is not None:
+    if module is not None and getattr(module.__spec__, "_initializing", False):
+        log.warning("%s is being imported at this moment: kernelgraft cannot adapt it any more", name)
+    elif module is not None:
         _do(then, module)
 
     def undo() -> None:

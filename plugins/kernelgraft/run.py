@@ -34,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module, as for python -m")
     parser.add_argument("program", help="path of a script, or name of a module with -m")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
-    chosen = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
+    begin = len(given) - len(chosen.args)
+    if given[begin - 1] == "--" and given[begin - 2 : begin - 1] == [chosen.program]:
+        chosen.args.insert(0, "--")  # the program's, not argparse's
     if not chosen.module and not Path(chosen.program).is_file():
         parser.error(f"there is no script {chosen.program}")
     try:

@@ -37,6 +37,12 @@ def test_a_program_runs_as_python_would_with_the_plugin_loaded(program):
     assert module.stdout == "['-m'] __main__ ['mmcv']\n", module.stderr
 
 
+def test_dashes_are_the_programs(program):
+    for words in (["--", "b"], ["a", "--", "b"], ["--"]):
+        done = run("-m", "kernelgraft.run", "-p", "sparse-conv", program, *words)
+        assert done.stdout == f"{words} __main__ ['sparse-conv']\n", done.stderr
+
+
 def test_other_plugins_and_their_options(program):
     done = run("-m", "kernelgraft.run", "-p", "sparse-conv:facade=torchsparse", program)
     assert done.stdout == "[] __main__ ['sparse-conv']\n", done.stderr
@@ -138,6 +144,12 @@ assert plain.FlatFormer(16, 2, 1, (9, 9, 1)).block_list[0].block[0].fc1.out_feat
 hosted = kernelgraft.load_plugin("flatformer", host="mmdet3d")
 from mmengine.registry import MODELS
 assert MODELS.build(dict(type="FlatFormer", in_channels=16, num_heads=2)).output == "bev"
+try:
+    MODELS.build(dict(type="FlatFormer", in_channels=16, num_heads=2, grid_shape=(20, 20, 4)))
+except ValueError as error:
+    assert "a picture has one place for all z; set output='rows'" in str(error)
+else:
+    raise AssertionError("pillars above each other cannot all be in a picture")
 kernelgraft.unload_plugin("flatformer")
 assert "FlatFormer" not in MODELS.module_dict
 print("done")

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 
 from kernelgraft_core.sparse.grids import LARGEST_KEY
 
@@ -53,15 +54,16 @@ class WindowKey:
     def __post_init__(self) -> None:
         if len(self.window_shape) != 3 or min(self.window_shape) < 1:
             raise ValueError(f"window_shape is {self.window_shape}, expected three sizes (x, y, z) of at least 1")
+        object.__setattr__(self, "window_shape", tuple(self.window_shape))
         if self.axis not in AXES:
             raise ValueError(f"axis is {self.axis!r}, expected one of {AXES}")
 
     def __call__(self, coords: Tensor, grid_shape: GridShape) -> Tensor:
         size_x, size_y, size_z = grid_shape
-        if size_z == 1 and size_x * size_y <= LARGEST_TABLE and not torch.compiler.is_compiling():
+        if size_z == 1 and size_x * size_y <= LARGEST_TABLE and _is_plain(coords):
             # Looked up: divisions by the sizes of windows take longer than all the rest of an order.
             _, _, y, x = coords.long().unbind(1)
-            return _table(self, size_x, size_y, coords.device).take(y * size_x + x)
+            return _table(self, size_x, size_y).take(y * size_x + x)
         return self._number(coords, grid_shape)
 
     def _number(self, coords: Tensor, grid_shape: GridShape) -> Tensor:
@@ -94,10 +96,21 @@ class WindowKey:
         return counts[0], counts[1], counts[2]
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its values are at hand on a CPU, now: it is neither traced nor a stand-in for one."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not _len_torch_dispatch_stack()
+        and not _are_functorch_transforms_active()
+    )
+
+
 @functools.lru_cache(maxsize=32)
-def _table(key: WindowKey, size_x: int, size_y: int, device: torch.device) -> Tensor:
-    """The key of every cell of a plane, row by row."""
-    y, x = torch.meshgrid(torch.arange(size_y, device=device), torch.arange(size_x, device=device), indexing="ij")
+def _table(key: WindowKey, size_x: int, size_y: int) -> Tensor:
+    """The key of every cell of a plane on a CPU, row by row."""
+    y, x = torch.meshgrid(torch.arange(size_y), torch.arange(size_x), indexing="ij")
     cells = torch.stack((torch.zeros_like(x), torch.zeros_like(x), y, x), 2).flatten(0, 1)
     return key._number(cells, (size_x, size_y, 1))
 
@@ -229,7 +242,7 @@ def check_coords(coords: Tensor, grid_shape: GridShape, batch_size: int) -> None
         raise ValueError(f"grid_shape is {tuple(grid_shape)}, expected three sizes (x, y, z) of 1 to 2^31 - 1")
     if batch_size < 0:
         raise ValueError(f"batch_size is {batch_size}, expected at least 0")
-    if coords.device.type != "cpu" or torch.compiler.is_compiling() or not len(coords):
+    if not _is_plain(coords) or not len(coords):
         return
     low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
     limits = (batch_size, *reversed(grid_shape))

@@ -16,6 +16,7 @@ from .keys import Key, WindowKey
 from .norm_ffn.ops import norm_ffn
 
 TEMPERATURE = 10_000.0
+LARGEST_TABLE = 1 << 12  # cells along a side, up to which there are fewer of them than rows, most of the time
 
 
 class _Projections(nn.Module):
@@ -131,12 +132,15 @@ class FlatFormer(nn.Module):
             raise ValueError(f"in_channels is {in_channels}, expected a multiple of 4: sines and cosines of x and y")
         if group_size < 1:
             raise ValueError(f"group_size is {group_size}, expected at least 1")
-        if len(window_shape) != 3 or len(grid_shape) != 3:
+        if not (len(window_shape) == len(grid_shape) == 3 and min(*window_shape, *grid_shape) > 0):
             raise ValueError(f"window_shape is {window_shape}, grid_shape {grid_shape}, expected three sizes (x, y, z)")
+        if num_blocks < 1 or (hidden is not None and hidden < 1) or (keys is not None and not keys):
+            raise ValueError(f"num_blocks is {num_blocks}, hidden {hidden}, keys {keys}, expected at least 1 of each")
         wide, high, deep = window_shape
         if keys is None:
             keys = [WindowKey((wide, high, deep), axis, shifted) for axis in ("x", "y") for shifted in (False, True)]
         self.keys = tuple(keys)
+        self._first = [self.keys.index(key) for key in self.keys]  # of the layers that share a key
         self.grid_shape, self.group_size, self.parity = tuple(grid_shape), group_size, parity
         self.block_list = nn.ModuleList(
             FlatFormerBlock(in_channels, num_heads, len(self.keys), hidden) for _ in range(num_blocks)
@@ -160,11 +164,9 @@ class FlatFormer(nn.Module):
             raise ValueError(f"feats is {tuple(feats.shape)}, coords {tuple(coords.shape)}, expected (N, C) and (N, 4)")
         tail = "parity" if self.parity else "balanced"
         # A key that two layers share is sorted by once; all blocks share the groups.
-        made: dict[Key, Groups] = {}
-        for key in self.keys:
-            if key not in made:
-                made[key] = group_points(coords, self.grid_shape, batch_size, key, self.group_size, tail)
-        groups = [made[key] for key in self.keys]
+        grid, size = self.grid_shape, self.group_size
+        made = {i: group_points(coords, grid, batch_size, self.keys[i], size, tail) for i in sorted(set(self._first))}
+        groups = [made[i] for i in self._first]
         position = sine_position(coords, feats.shape[1], self.grid_shape).to(feats.dtype)
         for block in self.block_list:
             feats = block(feats, position, groups)
@@ -181,8 +183,12 @@ def sine_position(coords: Tensor, channels: int, grid_shape: Sequence[int]) -> T
         channels: a multiple of 4.
     """
     device, half = coords.device, channels // 2
-    places = torch.arange(max(grid_shape[:2]), dtype=torch.float32, device=device)
     steps = TEMPERATURE ** -(torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
-    angles = places.unsqueeze(1) * steps
-    table = torch.stack((angles.sin(), angles.cos()), 2).flatten(1)  # of a coordinate: there are fewer than rows
-    return table[coords[:, 2:].long().flip(1)].flatten(1)
+
+    def waves(places: Tensor) -> Tensor:
+        angles = places.float().unsqueeze(-1) * steps
+        return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
+
+    if max(grid_shape[:2]) > LARGEST_TABLE:
+        return waves(coords[:, 2:].flip(1)).flatten(1)
+    return waves(torch.arange(max(grid_shape[:2]), device=device))[coords[:, 2:].long().flip(1)].flatten(1)

@@ -47,8 +47,7 @@ class Derived(Generic[T]):
 
 @dataclass
 class _Kept(Generic[T]):
-    values: list[Tensor | None]
-    made: T
+    pair: tuple[list[Tensor | None], T]  # one object, so that no thread sees new values with what old ones made
 
 
 class DerivedOfValues(Generic[T]):
@@ -63,10 +62,12 @@ class DerivedOfValues(Generic[T]):
 
     def of(self, tensors: Sequence[Tensor | None], make: Callable[[], T]) -> T:
         """What was made of ``tensors``, the first of which is there."""
-        kept = self._table.of(tensors, lambda: _Kept(list(map(_copy, tensors)), make()))
-        if not all(map(_has_values, kept.values, tensors)):
-            kept.values, kept.made = list(map(_copy, tensors)), make()
-        return kept.made
+        kept = self._table.of(tensors, lambda: _Kept((list(map(_copy, tensors)), make())))
+        values, made = kept.pair
+        if not all(map(_has_values, values, tensors)):
+            made = make()
+            kept.pair = list(map(_copy, tensors)), made
+        return made
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ The named types of those are allowed, while mmengine loads a checkpoint and no l
 from __future__ import annotations
 
 import functools
+import importlib
 import pickle
 from collections.abc import Callable
 from types import ModuleType
@@ -21,7 +22,7 @@ KINDS = ["e", "f", "d", "b", "h", "i", "q", "l", "B", "H", "I", "Q", "L", "?", "
 
 def allowed_types() -> list[Any]:
     """What a checkpoint of mmengine is made of besides tensors: log, schedules, and numpy's arrays and numbers."""
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    multiarray = importlib.import_module(f"numpy.{_core()}.multiarray")
     functions = [
         (function, f"numpy.{core}.multiarray.{function.__name__}")
         for function in (multiarray._reconstruct, multiarray.scalar)
@@ -30,6 +31,11 @@ def allowed_types() -> list[Any]:
     dtypes = [type(np.dtype(kind)) for kind in KINDS]
     # They name functions of their own by getattr, which would open everything: it is one that knows these alone.
     return [*_functions(), np.ndarray, np.dtype, *dtypes, *functions, (_function_of, "builtins.getattr")]
+
+
+def _core() -> str:
+    """Where numpy keeps itself: numpy 2 has it under another name."""
+    return "core" if int(np.__version__.partition(".")[0]) < 2 else "_core"
 
 
 def _functions() -> dict[Any, tuple[str, ...]]:

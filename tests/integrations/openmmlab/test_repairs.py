@@ -16,7 +16,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from kernelgraft.patches import PatchSet
-from kernelgraft_openmmlab.fixes import packages, repair_hosts
+from kernelgraft_openmmlab.fixes import checkpoints, packages, repair_hosts
 
 from .grids import SHAPE, scattered
 
@@ -57,6 +57,12 @@ def test_nothing_is_allowed_after_the_plugin_or_outside_of_mmengine(tmp_path):
     patches.undo()
     with pytest.raises(pickle.UnpicklingError):
         CheckpointLoader.load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(("version", "core"), [("1.26.4", "core"), ("2.3.5", "_core")])
+def test_numpy_is_looked_for_where_it_is(monkeypatch, version, core):
+    monkeypatch.setattr(checkpoints.np, "__version__", version)
+    assert checkpoints._core() == core
 
 
 class Harmful:

@@ -251,3 +251,18 @@ def test_weights_that_an_average_puts_in_place_are_used():
         expected = copy.deepcopy(net)(feats, coords, 1)
     assert torch.equal(after, expected)
     assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"grid_shape": (0, 20, 1)}, {"window_shape": (9, 0, 1)}, {"num_blocks": 0}, {"hidden": 0}, {"keys": []}],
+    ids=str,
+)
+def test_sizes_of_nothing_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        FlatFormer(16, **arguments)
+
+
+def test_places_are_the_same_in_small_and_large_grids():
+    coords = torch.tensor([[0, 0, 3, 11], [0, 0, 5, 2]], dtype=torch.int32)
+    torch.testing.assert_close(sine_position(coords, 16, (12, 12, 1)), sine_position(coords, 16, (1 << 20, 12, 1)))

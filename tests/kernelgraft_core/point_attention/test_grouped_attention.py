@@ -294,3 +294,34 @@ def test_groups_of_a_wrong_type_are_refused():
     groups = some_groups([4], 2)
     with pytest.raises(ValueError, match=r"members of the groups is torch\.int64 \(4,\)"):
         grouped_attention(torch.zeros(4, 6), Groups(groups.members.long(), groups.starts, groups.owned, 4, 2), 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_what_is_not_finite_stays_in_its_group(monkeypatch, backend):
+    monkeypatch.setenv("KERNELGRAFT_BACKEND", backend)
+    groups = Groups(torch.arange(10).int(), torch.tensor([0, 4, 10]).int(), torch.tensor([4, 6]).int(), 10, 6)
+    qkv = torch.randn(10, 96)
+    clean = qkv.clone()
+    qkv[4:] = torch.nan
+    results = []
+    for values in (qkv, clean):
+        values.requires_grad_()
+        out = grouped_attention(values, groups, 2)
+        out[:4].square().sum().backward()
+        results.append((out[:4].detach(), values.grad[:4]))
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_group_that_owns_nothing_gives_nothing(monkeypatch, backend):
+    monkeypatch.setenv("KERNELGRAFT_BACKEND", backend)
+    qkv = torch.randn(300, 96, requires_grad=True)  # leaves something behind in the memory that is used again
+    whole = Groups(torch.arange(300).int(), torch.tensor([0, 150, 300]).int(), torch.tensor([150, 150]).int(), 300, 150)
+    grouped_attention(qkv, whole, 2).square().sum().backward()
+    starts, owned = torch.tensor([0, 3, 5]).int(), torch.tensor([3, 0]).int()
+    few, alone = (torch.randn(3, 96, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    grouped_attention(few, Groups(torch.tensor([0, 1, 2, 0, 1]).int(), starts, owned, 3, 3), 2).sum().backward()
+    one = Groups(torch.arange(3).int(), starts[:2], owned[:1], 3, 3)
+    grouped_attention(alone, one, 2).sum().backward()
+    torch.testing.assert_close(few.grad, alone.grad)

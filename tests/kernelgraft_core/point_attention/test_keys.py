@@ -134,3 +134,17 @@ def test_what_is_wrong_is_named(change, message):
 def test_windows_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         WindowKey(*arguments)
+
+
+def test_traced_coordinates_leave_nothing_behind():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    coords = torch.tensor([[0, 0, y, x] for y in range(20) for x in range(20)], dtype=torch.int32)
+    key, grid = WindowKey([7, 7, 1]), (20, 20, 1)
+    traced = make_fx(lambda c: key(c, grid), tracing_mode="symbolic")(coords)
+    functional = torch.func.functionalize(lambda c: key(c, grid))(coords)
+    found = key(coords, grid)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, traced(coords))
+    assert torch.equal(found, functional)
+    assert torch.equal(found, key._number(coords, grid))

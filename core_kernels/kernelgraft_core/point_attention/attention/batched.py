@@ -71,7 +71,8 @@ def table(members: Tensor, starts: Tensor, owned: Tensor, size: int) -> tuple[Te
     """Groups padded to one size: rows int64 ``(g, size)``, which of them are there, and which are the group's own."""
     place = torch.arange(size, device=members.device)
     there = place < starts.diff().unsqueeze(1)
-    at = (starts[:-1].unsqueeze(1).long() + place).clamp(max=len(members) - 1)
+    # Places behind a group repeat its last member: what another group holds, NaN perhaps, is not to come near it.
+    at = torch.minimum(starts[:-1].unsqueeze(1) + place, starts[1:].unsqueeze(1) - 1).clamp(0, len(members) - 1)
     return members[at].long(), there, place < owned.unsqueeze(1)
 
 

@@ -96,7 +96,7 @@ def gradient_kernel(floats: TileSet, head_size: int) -> Any:
                         target = args[OUT] + int(members[begin + i]) * 12 * channels
                         for each in range(3):
                             copy_words(source + each * found_third, target + 4 * each * channels, channels)
-                    else:
+                    elif own:  # without rows of its own nothing was computed for the group
                         target = args[BORROWED] + (begin + i) * 8 * channels
                         for each in range(2):
                             copy_words(source + (each + 1) * found_third, target + 4 * each * channels, channels)
