@@ -9,7 +9,7 @@ _base_ = "mmdet3d::second/second_hv_secfpn_8xb6-80e_kitti-3d-3class.py"
 # Our layers in place of SubMConv3d and SparseConv3d; without this line mmcv's run, on kernelgraft's ops.
 custom_imports = dict(imports=["kernelgraft.openmmlab"], allow_failed_imports=False)
 
-steps = 70
+steps = 110
 # Statistics that a few steps suffice for: the shipped momentum of 0.01 wants hundreds.
 norm = dict(eps=1e-3, momentum=0.2)
 model = dict(
