@@ -16,6 +16,8 @@ from kernelgraft_core.runtime.patching import Patches
 from kernelgraft_core.sparse import SparseTensor
 from kernelgraft_openmmlab.sites import sites_of
 
+LARGEST_STRIDE = 16  # of MinkUNet's four halvings
+
 
 def _repair(patches: Patches, module: ModuleType) -> None:
     def make(init: Callable[..., None]) -> Callable[..., None]:
@@ -24,6 +26,10 @@ def _repair(patches: Patches, module: ModuleType) -> None:
             self: Any, features: Any, indices: torch.Tensor, spatial_shape: Any, batch_size: Any, *args: Any, **kw: Any
         ) -> None:
             shape = [int(size) for size in spatial_shape]
+            if isinstance(spatial_shape, torch.Tensor):
+                # As far as the scans of a batch reach, in MinkUNet. Layers of stride 2 lose the last site of an odd
+                # grid, so that a scan's result depended on what else is in the batch.
+                shape = [-(-size // LARGEST_STRIDE) * LARGEST_STRIDE for size in shape]
             init(self, features, indices.to(torch.int32), shape, int(batch_size), *args, **kw)
 
         return __init__

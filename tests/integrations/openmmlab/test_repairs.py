@@ -155,9 +155,10 @@ def test_sampling_and_neighbours_on_a_cpu(repaired, rng):
 
 def test_a_shape_may_be_a_tensor_and_indices_any_integers(repaired):
     x = mmcv.ops.SparseConvTensor(torch.ones(1, 2), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([2, 2, 2]), 1)
-    assert x.spatial_shape == [2, 2, 2]
+    assert x.spatial_shape == [16, 16, 16]  # a measured grid is filled up
     assert x.indices.dtype == torch.int32
-    assert x.sparity == 1 / 8
+    assert x.sparity == 1 / 16**3
+    assert mmcv.ops.SparseConvTensor(x.features, x.indices, (2, 3, 2), 1).spatial_shape == [2, 3, 2]
 
 
 @pytest.mark.parametrize("channels_first", [True, False])

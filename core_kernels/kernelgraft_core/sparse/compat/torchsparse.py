@@ -110,9 +110,10 @@ class SparseTensor:
     def _make_sites(self) -> Coordinates:
         steps = torch.tensor((*self.stride, 1), dtype=self.coords.dtype, device=self.coords.device)
         rows = torch.div(self.coords, steps, rounding_mode="floor")[:, [3, 0, 1, 2]]
-        # Version 1.4 does not know how large a grid is: outputs may lie one kernel beyond the last input.
+        # Version 1.4 does not know how large a grid is: outputs may lie one kernel beyond the last input, and a flat
+        # cloud is as high as the kernels of all halvings.
         least = rows[:, 1:].amax(0).add(1).tolist() if len(rows) else [1] * 3
-        return Coordinates(rows, [size + 8 for size in least], stride=self.stride)
+        return Coordinates(rows, [size + 64 for size in least], stride=self.stride)
 
     def rows_of(self, sites: Coordinates) -> Tensor:
         """Sites as this version writes them."""
