@@ -15,6 +15,26 @@ log = logging.getLogger("kernelgraft")
 Then = Callable[[ModuleType], None]
 
 
+HOSTS = ("mmengine", "mmcv", "mmdet", "mmdet3d", "mmseg", "projects")
+"""Packages whose modules may hold what is replaced, by names of their own."""
+
+
+def spec_from_others(
+    me: importlib.abc.MetaPathFinder, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+) -> ModuleSpec | None:
+    """What the first of the other finders finds that can be loaded.
+
+    They are asked one by one: ``importlib.util.find_spec`` imports, which within a finder makes two threads wait for
+    each other.
+    """
+    for finder in tuple(sys.meta_path):
+        if finder is not me and hasattr(finder, "find_spec"):
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                return spec
+    return None
+
+
 class _Watcher(importlib.abc.MetaPathFinder):
     """Lets the other finders find a module, and comes back when it has been executed."""
 
@@ -24,15 +44,11 @@ class _Watcher(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in self.waiting:
             return None
-        # Asked one by one: importlib.util.find_spec imports, which within a finder makes two threads wait forever.
-        for finder in tuple(sys.meta_path):
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _ThenLoader(spec.loader, self)
-                return spec
-        return None
+        spec = spec_from_others(self, name, path, target)
+        if spec is not None:
+            assert spec.loader is not None
+            spec.loader = _ThenLoader(spec.loader, self)
+        return spec
 
 
 class _ThenLoader(importlib.abc.Loader):
@@ -93,10 +109,10 @@ def _do(then: Then, module: ModuleType) -> None:
         log.exception("kernelgraft could not adapt %s", module.__name__)
 
 
-def bindings_of(function: object, packages: Sequence[str]) -> list[tuple[ModuleType, str]]:
-    """Where modules of these packages hold that very object, by which name."""
+def bindings_of(thing: object) -> list[tuple[ModuleType, str]]:
+    """Where modules of OpenMMLab hold that very object, by which name."""
     found = []
     for name, module in tuple(sys.modules.items()):
-        if name.partition(".")[0] in packages and isinstance(module, ModuleType):
-            found += [(module, key) for key, value in tuple(vars(module).items()) if value is function]
+        if name.partition(".")[0] in HOSTS and isinstance(module, ModuleType):
+            found += [(module, key) for key, value in tuple(vars(module).items()) if value is thing]
     return found

@@ -13,7 +13,7 @@ from types import ModuleType
 from kernelgraft_core.runtime.patching import Patches
 
 from .beside import is_ours
-from .imports import bindings_of
+from .imports import bindings_of, spec_from_others
 
 log = logging.getLogger("kernelgraft")
 NAME = "mmcv._ext"
@@ -29,7 +29,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(NAME, self) if name == NAME else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return extension_of(_compiled())
+        return extension_of(_compiled(self))
 
     def exec_module(self, module: ModuleType) -> None:
         """It is complete."""
@@ -70,7 +70,7 @@ def graft(patches: Patches) -> None:
         return
     filled = extension_of(compiled)
     patches.item(sys.modules, NAME, filled)
-    for holder, name in bindings_of(compiled, ("mmcv", "mmdet", "mmdet3d", "mmseg")):
+    for holder, name in bindings_of(compiled):
         patches.attr(holder, name, filled)
 
 
@@ -86,21 +86,16 @@ def extension_of(compiled: ModuleType | None) -> ModuleType:
     return module
 
 
-def _compiled() -> ModuleType | None:
+def _compiled(me: _Finder) -> ModuleType | None:
     """The module that is found without us; None when there is none, or it is the file that leads to us."""
-    for finder in sys.meta_path:
-        if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):
-            continue
-        spec = finder.find_spec(NAME, getattr(sys.modules.get("mmcv"), "__path__", None))
-        if spec is None or spec.loader is None:
-            continue
-        if spec.origin is not None and is_ours(spec.origin):
-            return None
-        try:
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        except (ImportError, OSError) as error:  # built for another torch, most of the time
-            log.warning("the compiled mmcv at %s does not load (%s): all ops are kernelgraft's", spec.origin, error)
-            return None
-        return module
-    return None
+    spec = spec_from_others(me, NAME, getattr(sys.modules.get("mmcv"), "__path__", None))
+    if spec is None or (spec.origin is not None and is_ours(spec.origin)):
+        return None
+    assert spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as error:  # built for another torch, most of the time
+        log.warning("the compiled mmcv at %s does not load (%s): all ops are kernelgraft's", spec.origin, error)
+        return None
+    return module

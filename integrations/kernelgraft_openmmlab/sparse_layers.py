@@ -20,15 +20,13 @@ from torch import Tensor, nn
 from kernelgraft_core.runtime.notices import warn_once
 from kernelgraft_core.runtime.patching import Patches
 from kernelgraft_core.sparse import ConvGeometry, KernelMap, sparse_conv
+from kernelgraft_core.sparse.compat.indexed import IndexedConvolution, Sizes
 from kernelgraft_core.sparse.conv.dataflow import ConvConfig
-from kernelgraft_core.sparse.nn.conv import begin_uniform
 
 from .sites import indices_of, map_of, sites_of
 
-Sizes = int | Sequence[int]
 
-
-class SparseConvolutionMixin(nn.Module):
+class SparseConvolutionMixin(IndexedConvolution):
     """A sparse convolution with ``weight (*kernel, C_in, C_out)`` and ``bias (C_out,)``, as mmcv saves them.
 
     It also loads weights of spconv 2, ``(C_out, *kernel, C_in)``.
@@ -47,10 +45,6 @@ class SparseConvolutionMixin(nn.Module):
         ValueError: a number is out of range; the message names it.
     """
 
-    ndim: ClassVar[int]
-    subm: ClassVar[bool] = False
-    transposed: ClassVar[bool] = False
-    inverse: ClassVar[bool] = False
     like_mmcv: ClassVar[bool] = True  # or like spconv 2
     # What nn.Module writes into checkpoints. mmdet3d takes 2 for the layout of spconv 2, which these are not in.
     _version = 1
@@ -71,35 +65,25 @@ class SparseConvolutionMixin(nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        if groups != 1:
-            raise ValueError(f"groups is {groups}: weights of mmcv have one group")
-        ConvConfig.parse(dataflow)
-        self.in_channels, self.out_channels, self.indice_key, self.groups = in_channels, out_channels, indice_key, 1
-        stride, padding = (1, 0) if self.subm or self.inverse else (stride, padding)
-        self.geometry = self._geometry(kernel_size, stride, padding, dilation)
-        self.kernel_size = list(self.geometry.kernel_size)
-        extra = (output_padding,) * self.ndim if isinstance(output_padding, int) else tuple(output_padding)
-        self.output_padding, self.dataflow = list(extra), dataflow
-        self.stride, self.padding, self.dilation = (
-            list(each) for each in (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        self.describe(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, indice_key, output_padding
         )
+        ConvConfig.parse(dataflow)
+        self.groups, self.dataflow = groups, dataflow
         # Products at every site. mmcv takes every kernel of one tap for that, whatever its stride.
         self.conv1x1 = self.geometry.volume == 1 and (self.geometry.submanifold or self.like_mmcv)
         self.weight = nn.Parameter(torch.empty(*self.kernel_size, in_channels, out_channels))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
 
-    def _geometry(self, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> ConvGeometry:
-        made = ConvGeometry.of(self.ndim, kernel_size, stride, padding, dilation, self.subm)
+    def make_geometry(self, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> ConvGeometry:
+        made = super().make_geometry(kernel_size, stride, padding, dilation)
         if not self.subm:
             return made
         # Centred at half of the kernel, which for even ones is the later tap; mmcv does so whatever the dilation.
         apart = (1,) * self.ndim if self.like_mmcv else made.dilation
         half = tuple(size // 2 * step for size, step in zip(made.kernel_size, apart, strict=True))
         return dataclasses.replace(made, padding=half)
-
-    def reset_parameters(self) -> None:
-        begin_uniform(self, self.geometry.volume * self.in_channels)
 
     def forward(self, x: Any) -> Any:
         """A tensor of the class of ``x``, with the layer's sites."""
@@ -117,20 +101,10 @@ class SparseConvolutionMixin(nn.Module):
 
     def _map(self, x: Any) -> KernelMap:
         key = ("kernelgraft", self.indice_key)
+        found: KernelMap | None = x.indice_dict.get(key)
         if self.inverse:
-            found: KernelMap | None = x.indice_dict.get(key)
-            if found is None:
-                raise ValueError(
-                    f"no kernelgraft layer before has indice_key = {self.indice_key!r}: there is nothing to invert"
-                )
-            if found.geometry.kernel_size != self.geometry.kernel_size:
-                raise ValueError(
-                    f"indice_key = {self.indice_key!r} belongs to kernel_size {found.geometry.kernel_size}, this "
-                    f"layer has {self.geometry.kernel_size}"
-                )
-            return found.inverse
+            return self.undone(found)
         sites = sites_of(x.indices, x.spatial_shape, x.batch_size)
-        found = x.indice_dict.get(key)
         if found is not None and self.subm and found.inputs is sites and found.geometry != self.geometry:
             # mmcv takes the map of the first layer of that name for both, and weights may have been trained so.
             warn_once(
@@ -138,11 +112,7 @@ class SparseConvolutionMixin(nn.Module):
                 f"{self.geometry.kernel_size}: mmcv would use the first layer's map for both, kernelgraft gives each "
                 "its own; for weights trained on mmcv's, leave such layers to the plugin mmcv"
             )
-        shape = None
-        if self.transposed:
-            least = self.geometry.transposed_shape(sites.spatial_shape)
-            shape = tuple(a + b for a, b in zip(least, self.output_padding, strict=True))
-        known = map_of(self.geometry, sites, self.transposed, shape)
+        known = map_of(self.geometry, sites, self.transposed, self.out_shape(sites))
         if self.indice_key is not None:
             x.indice_dict.setdefault(key, known)  # the first layer of a name is the one that an inverse layer undoes
         return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,3 +35,12 @@ SCRATCH = _Scratch()
 def lines(size: int) -> int:
     """Bytes, or an address, rounded up to whole cache lines."""
     return -(-size // LINE) * LINE
+
+
+def laid_out(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where buffers of so many bytes lie behind each other, on cache lines, and where the last ends."""
+    places, end = [], 0
+    for size in sizes:
+        places.append(end)
+        end += lines(size)
+    return places, end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -18,16 +17,12 @@ from .rebinding import replace_everywhere
 def _repair(patches: Patches, module: ModuleType) -> None:
     if importlib.util.find_spec("pkg_resources") is not None:
         return
-    for name, function in (
-        ("is_installed", is_installed),
-        ("get_installed_path", get_installed_path),
-        ("package2module", package2module),
-    ):
-        replace_everywhere(patches, module, name, _in_place_of(function))
+    for function in (is_installed, get_installed_path, package2module):
+        replace_everywhere(patches, module, function.__name__, _by(function))
 
 
-def _in_place_of(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return lambda before: functools.wraps(before)(lambda *args, **kwargs: function(*args, **kwargs))
+def _by(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda _: function
 
 
 def is_installed(package: str) -> bool:
@@ -47,13 +42,12 @@ def get_installed_path(package: str) -> str:
         importlib.metadata.PackageNotFoundError: it is not installed.
         RuntimeError: it is a namespace package, which has no folder of its own.
     """
-    for name in (package, None):
-        spec = importlib.util.find_spec(package2module(package) if name is None else name)
-        if spec is not None and spec.origin is not None:
-            return str(Path(spec.origin).parent)
-        if spec is not None:
-            raise RuntimeError(f"{package} is a namespace package: it has no folder of its own")
-    raise importlib.metadata.PackageNotFoundError(package)
+    spec = importlib.util.find_spec(package) or importlib.util.find_spec(package2module(package))
+    if spec is None:
+        raise importlib.metadata.PackageNotFoundError(package)
+    if spec.origin is None:
+        raise RuntimeError(f"{package} is a namespace package: it has no folder of its own")
+    return str(Path(spec.origin).parent)
 
 
 def package2module(package: str) -> str:

@@ -9,8 +9,6 @@ from typing import Any
 from kernelgraft_core.runtime.patching import Patches
 from kernelgraft_openmmlab.imports import bindings_of
 
-HOSTS = ("mmengine", "mmcv", "mmdet", "mmdet3d", "mmseg", "projects")
-
 
 def replace_everywhere(
     patches: Patches, module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -24,10 +22,10 @@ def replace_everywhere(
     after = make(before)
 
     def restore() -> None:
-        for holder, key in bindings_of(after, HOSTS):
+        for holder, key in bindings_of(after):
             setattr(holder, key, before)
 
     # Recorded first, so undone last: what modules that were imported in between have bound.
     patches.on_undo(f"later bindings of {module.__name__}.{name}", restore)
-    for holder, key in bindings_of(before, HOSTS) or [(module, name)]:
+    for holder, key in bindings_of(before) or [(module, name)]:
         patches.attr(holder, key, after)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernelgraft_core.point_attention.cpu_weights import float_set, panels_of, set_for, unsupported
-from kernelgraft_core.runtime.scratch import SCRATCH, lines
+from kernelgraft_core.runtime.scratch import SCRATCH, laid_out
 from kernelgraft_core.runtime.threads import available_threads, parallel_for
 
 TILE_ROWS = 144  # of a tile, where groups are small
@@ -48,7 +47,7 @@ def grouped_attention_grad(
     row, grad_row, found_row = (4 * (n * channels + floats.lanes) for n in (3, 1, 1))
     turned, room = 4 * head_size * floats.panel, 4 * floats.panel * (size + slack)
     steps = row * (size + slack), grad_row * (size + slack), 3 * found_row * (size + slack), turned, turned, room, room
-    places, end = _places(steps)
+    places, end = laid_out(steps)
     parts = max(1, min(available_threads(), count))
     memory, scratch = SCRATCH.reserve(parts * end)
     told = (
@@ -132,7 +131,7 @@ def _run(
     # Kernels work in whole blocks of rows and of vectors.
     slack = max(*known.rows, *floats.rows, floats.panel)
     rows, attended_step = per * size + slack, 4 * (channels + floats.lanes)
-    places, end = _places(
+    places, end = laid_out(
         (
             rows * 4 * depth, rows * 4 * depth, rows * qkv_step + 4 * floats.panel, rows * attended_step,
             rows * 4 * depth if known.pairs else 0, rows * 4 * columns + 4 * channels, 4 * head_size * floats.panel,
@@ -153,15 +152,6 @@ def _run(
     kernel = kernels.attention_kernel(known, floats, head_size, bool(weights))
     parallel_for(kernel.address, (ctypes.c_int64 * len(told))(*told), parts)
     del memory  # until here
-
-
-def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where buffers of so many bytes lie behind each other, on cache lines, and where the last ends."""
-    places, end = [], 0
-    for size in sizes:
-        places.append(end)
-        end += lines(size)
-    return places, end
 
 
 def supports_grouped_attention(qkv: Tensor, *rest: object) -> str | None:

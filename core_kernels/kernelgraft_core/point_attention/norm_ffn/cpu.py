@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernelgraft_core.point_attention.cpu_weights import panels_of, set_for, unsupported
 from kernelgraft_core.runtime.derived import DerivedOfValues
-from kernelgraft_core.runtime.scratch import SCRATCH, lines
+from kernelgraft_core.runtime.scratch import SCRATCH, laid_out
 from kernelgraft_core.runtime.threads import available_threads, parallel_for
 
 TILE_ROWS = 96  # a multiple of the rows of every block
@@ -45,12 +45,8 @@ def norm_ffn(
     norms = norm1_weight, norm1_bias, norm2_weight, norm2_bias
     factors = _norms.of(norms, lambda: torch.stack([each.detach().float() for each in norms]))
     precision = torch.tensor([eps], dtype=torch.float64)
-    places, end, room = [], 0, TILE_ROWS + known.linear_rows
-    for bytes_ in (
-        4 * channels * room, 4 * first.depth * room, 4 * first.columns * room, 4 * second.columns * room,
-    ):  # fmt: skip
-        places.append(end)
-        end += lines(bytes_)
+    room = 4 * (TILE_ROWS + known.linear_rows)
+    places, end = laid_out([room * wide for wide in (channels, first.depth, first.columns, second.columns)])
     parts = max(1, min(available_threads(), -(-count // TILE_ROWS)))
     memory, scratch = SCRATCH.reserve(parts * end)
     told = (

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kernelgraft_core.sparse.compat.indexed import IndexedConvolution
 from kernelgraft_core.sparse.conv.ops import sparse_conv
 from kernelgraft_core.sparse.coordinates import Coordinates
 from kernelgraft_core.sparse.geometry import ConvGeometry
 from kernelgraft_core.sparse.kernel_map import KernelMap
-from kernelgraft_core.sparse.nn.conv import begin_uniform
 from kernelgraft_core.sparse.nn.pooling import GlobalPool, average_pool
 from kernelgraft_core.sparse.pool.ops import sparse_max_pool
 from kernelgraft_core.sparse.tensor import SparseTensor
@@ -210,13 +210,8 @@ class SparseBatchNorm(SparseModule, nn.BatchNorm1d):
         return x.replace_feature(super().forward(x.features)) if len(x.features) else x
 
 
-class SparseConvolution(SparseModule):
+class SparseConvolution(IndexedConvolution, SparseModule):
     """The base of the convolutions: ``weight (C_out, *kernel_size, C_in)`` and ``bias (C_out,)``."""
-
-    ndim: ClassVar[int]
-    subm: ClassVar[bool] = False
-    transposed: ClassVar[bool] = False
-    inverse: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -233,22 +228,12 @@ class SparseConvolution(SparseModule):
         **_: Any,
     ) -> None:
         super().__init__()
-        if groups != 1:
-            raise ValueError(f"groups is {groups}: weights of spconv have one group")
-        self.in_channels, self.out_channels, self.indice_key = in_channels, out_channels, indice_key
-        stride, padding = (1, 0) if self.subm or self.inverse else (stride, padding)
-        self.geometry = ConvGeometry.of(self.ndim, kernel_size, stride, padding, dilation, self.subm)
-        extra = (output_padding,) * self.ndim if isinstance(output_padding, int) else tuple(output_padding)
-        self.kernel_size, self.output_padding = list(self.geometry.kernel_size), extra
-        self.stride, self.padding, self.dilation = (
-            list(each) for each in (self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        self.describe(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, indice_key, output_padding
         )
         self.weight = nn.Parameter(torch.empty(out_channels, *self.kernel_size, in_channels))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        begin_uniform(self, self.geometry.volume * self.in_channels)
 
     def forward(self, x: SparseConvTensor) -> SparseConvTensor:
         if x.features.shape[1] != self.in_channels:
@@ -262,19 +247,8 @@ class SparseConvolution(SparseModule):
 
     def _map(self, x: SparseConvTensor) -> KernelMap:
         if self.inverse:
-            found = x.find_indice_pair(self.indice_key)
-            if found is None:
-                raise ValueError(f"no layer before has indice_key = {self.indice_key!r}: there is nothing to invert")
-            if found.geometry.kernel_size != self.geometry.kernel_size:
-                raise ValueError(
-                    f"indice_key = {self.indice_key!r} belongs to kernel_size {found.geometry.kernel_size}, this layer "
-                    f"has {self.geometry.kernel_size}"
-                )
-            return found.inverse
-        shape = None
-        if self.transposed and any(self.output_padding):
-            least = self.geometry.transposed_shape(x.coordinates.spatial_shape)
-            shape = tuple(a + b for a, b in zip(least, self.output_padding, strict=True))
+            return self.undone(x.find_indice_pair(self.indice_key))
+        shape = self.out_shape(x.coordinates)
         known = KernelMap.of(self.geometry, x.coordinates, transposed=self.transposed, out_shape=shape)
         if self.indice_key is not None:
             # A submanifold layer may share its key with others, a layer that changes sites is found by its inverse.
